@@ -1,0 +1,287 @@
+"""The command line. What a script reads goes to stdout, what a person reads to stderr.
+
+neuronlens --help
+"""
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from neuronlens.errors import NeuronLensError, RunFailed, UsageError
+
+if TYPE_CHECKING:
+    from neuronlens.recipe import Recipe
+    from neuronlens.store import Store
+    from pipeline.driver import Summary
+
+app = typer.Typer(
+    name="neuronlens",
+    help="Which values does each neuron take under each concept, and what happens when you take just those away?",
+    epilog="Start with: neuronlens demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="markdown",
+)
+
+
+class Format(StrEnum):
+    table = "table"
+    csv = "csv"
+    json = "json"
+    parquet = "parquet"
+
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+StoreArgument = Annotated[str, typer.Argument(help="A store: the directory that a run printed.", show_default=False)]
+StoreOption = Annotated[str | None, typer.Option("--store", help="Where the store goes [default: neuronlens-runs/].")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a recipe key: section.key=value. May be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on stdout.")]
+TableOption = Annotated[str | None, typer.Option("--table", help="A range table's id, where the store has several.")]
+
+
+def main() -> None:
+    """The entry point: our own errors become one sentence on stderr and their exit code."""
+    try:
+        app()
+    except NeuronLensError as error:
+        _console().print(f"neuronlens: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+@app.command(
+    epilog="Example: `neuronlens demo` · then `neuronlens sql neuronlens-runs/demo-... 'from moments limit 5'`"
+)
+def demo(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Run the whole job on the model and the corpus that the package ships: about a minute, no GPU, no network."""
+    from neuronlens.recipe import load_recipe
+
+    recipe = load_recipe(Path(__file__).parent / "demo" / "recipe.yaml")
+    summary = _run(recipe, name="demo", store=store)
+    _print_summary(recipe, summary)
+    _console().print(_next_commands(summary.store), highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        _print_json(_summary_json(summary))
+
+
+@app.command(epilog="Example: `neuronlens run recipe.yaml --set ranges.tau=2.0`. The same command again resumes.")
+def run(
+    recipe: RecipeArgument, store: StoreOption = None, changes: SetOption = None, as_json: JsonOption = False
+) -> None:
+    """Collect statistics, make a range table and, where the recipe has a test, evaluate it."""
+    from neuronlens.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes)
+    summary = _run(loaded, name=recipe.stem, store=store)
+    _print_summary(loaded, summary)
+    if as_json:
+        _print_json(_summary_json(summary))
+
+
+@app.command(epilog="Example: `neuronlens plan recipe.yaml --set collect.raw=all`")
+def plan(recipe: RecipeArgument, changes: SetOption = None, as_json: JsonOption = False) -> None:
+    """Say what a run will take: shards, tokens, bytes on disk, memory. Runs nothing, writes nothing."""
+    from neuronlens.recipe import load_recipe
+    from pipeline.plan import make_plan
+
+    planned = make_plan(load_recipe(recipe, changes))
+    estimate = planned.estimate
+    numbers = {
+        "shards": len(planned.shards),
+        "batches": sum(shard.n_batches for shard in planned.shards),
+        "samples": planned.n_samples,
+        "tokens": planned.n_tokens,
+        "truncated": planned.description["dataset"]["n_truncated"],
+        "neurons": sum(width * len(planned.description["layers"]) for width in planned.description["widths"].values()),
+        "disk_bytes": estimate.disk_bytes | {"total": estimate.total_disk_bytes},
+        "worker_memory_bytes": estimate.worker_memory_bytes | {"total": estimate.total_worker_memory_bytes},
+        "raw": estimate.raw_note,
+    }
+    _console().print(_plan_table(numbers))
+    _console().print(estimate.raw_note, highlight=False)
+    if as_json:
+        _print_json(numbers)
+
+
+@app.command(
+    epilog='Example: `neuronlens sql STORE "select layer, median(kurtosis) from moments group by all" --format csv`'
+)
+def sql(
+    store: StoreArgument,
+    query: Annotated[
+        str | None, typer.Argument(help="SQL, or a question from sql/ by name. Without it: what there is.")
+    ] = None,
+    output: Annotated[Format, typer.Option("--format", help="How to print the answer.")] = Format.table,
+    params: Annotated[list[str] | None, typer.Option("--param", help="name=value for a $name in the query.")] = None,
+) -> None:
+    """Ask the store in SQL. Views: samples, shards, partials, histograms, moments, overlap, salience, ranges,
+    activations."""
+    from neuronlens.answers import answer
+
+    answer(_open(store), query, output.value, dict(_assignment(param) for param in params or []))
+
+
+@app.command(epilog="Example: `neuronlens ranges STORE --tau 2.0 --top-fraction 0.5`")
+def ranges(
+    store: StoreArgument,
+    tau: Annotated[float, typer.Option(help="Half width of a range in standard deviations.")] = 2.5,
+    top_fraction: Annotated[float, typer.Option(help="Share of a layer's neurons that count as salient.")] = 0.3,
+    salience: Annotated[str, typer.Option(help="mean_abs, cohens_d or selectivity.")] = "mean_abs",
+    as_json: JsonOption = False,
+) -> None:
+    """Make another range table from the same statistics: no forward pass, seconds."""
+    from neuronlens.recipe import RangesSection, parse_section
+    from pipeline.emit import emit_table
+
+    asked = parse_section(
+        RangesSection, {"tau": tau, "top_fraction": top_fraction, "salience": salience}, origin="ranges"
+    )
+    table = emit_table(_open(store), tau=asked.tau, top_fraction=asked.top_fraction, salience=asked.salience)
+    _console().print(f"{table.id}: {table.rows.num_rows:,} ranges, tau {tau:g}, top {top_fraction:.0%} by {salience}")
+    if as_json:
+        _print_json({"range_table": table.id, "rows": table.rows.num_rows})
+
+
+@app.command(epilog="Example: `neuronlens evaluate STORE --table tbl_0123456789abcdef --json`")
+def evaluate(
+    store: StoreArgument, table: TableOption = None, changes: SetOption = None, as_json: JsonOption = False
+) -> None:
+    """What do the ranges erase, and what do they spare? Against the bare model and whole-neuron masking."""
+    from neuronlens.console import ConsoleReporter
+    from neuronlens.report import erasure_table
+    from pipeline.driver import ray_session
+    from pipeline.emit import load_table
+    from pipeline.erasure import evaluate_table, recipe_of
+
+    opened = _open(store)
+    chosen, recipe = load_table(opened, table), recipe_of(opened, changes)
+    with ray_session():
+        rows = evaluate_table(recipe, opened, chosen, ConsoleReporter(_console()))
+    _console().print(erasure_table(rows))
+    if as_json:
+        _print_json({"rows": rows})
+
+
+@app.command(epilog="Example: `neuronlens verify STORE --json`")
+def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """Read every committed file again: is it there, are its bytes and rows what its receipt says? Exit code 1 if
+    not."""
+    from neuronlens.console import ConsoleReporter
+
+    opened = _open(store)
+    opened.describe()
+    n_bytes = sum(file.n_bytes for file in opened.committed_files())
+    with ConsoleReporter(_console()).stage("verify", n_bytes, "bytes") as advance:
+        faults = opened.faults(on_file=lambda file: advance(file.n_bytes))
+    for fault in faults:
+        _console().print(fault, style="red", highlight=False, markup=False, soft_wrap=True)
+    _console().print(f"{len(faults)} faults" if faults else f"All committed files are right ({n_bytes:,} bytes).")
+    if as_json:
+        _print_json({"ok": not faults, "faults": faults})
+    if faults:
+        raise RunFailed(
+            f"{opened.root} has {len(faults)} damaged files; expected none. Run the same recipe again to mend it."
+        )
+
+
+def _run(recipe: "Recipe", *, name: str, store: str | None) -> "Summary":
+    from neuronlens.console import ConsoleReporter
+    from pipeline.driver import ray_session
+    from pipeline.driver import run as run_job
+
+    try:
+        with ray_session():
+            return run_job(recipe, name=name, store_root=store, reporter=ConsoleReporter(_console()))
+    except KeyboardInterrupt:
+        _console().print("neuronlens: stopped. What was committed is kept: the same command goes on from there.")
+        sys.exit(130)
+
+
+def _open(store: str) -> "Store":
+    from neuronlens.store import Store
+
+    opened = Store(store)
+    opened.describe()
+    return opened
+
+
+def _print_summary(recipe: "Recipe", summary: "Summary") -> None:
+    from neuronlens.report import erasure_table
+
+    console = _console()
+    if summary.erasure:
+        console.print(erasure_table(summary.erasure))
+    elif recipe.test is None:
+        console.print("The recipe has no test section: nothing was evaluated.")
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stages.items())
+    lines = [
+        f"store        {summary.store}",
+        f"range table  {summary.range_table}   (ranges/{summary.range_table}/ in the store)",
+        f"data         {summary.n_samples:,} samples, {summary.n_tokens:,} tokens",
+        f"time         {summary.seconds:.1f} s: {stages}",
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _next_commands(store: str) -> str:
+    shown = os.path.relpath(store) if Path(store).is_relative_to(Path.cwd()) else store
+    return "\n".join(
+        [
+            "\nNext:",
+            f'  neuronlens sql {shown} "select concept_a, concept_b, avg(ovl) as ovl from overlap group by all order by ovl"',
+            f"  neuronlens ranges {shown} --tau 1.5 --salience cohens_d",
+            f"  neuronlens verify {shown}",
+        ]
+    )
+
+
+def _plan_table(numbers: dict[str, Any]) -> Table:
+    table = Table("what", "amount", title="The run will take")
+    table.columns[1].justify = "right"
+    for key, value in numbers.items():
+        if isinstance(value, int):
+            table.add_row(key, f"{value:,}")
+    for key in ("disk_bytes", "worker_memory_bytes"):
+        table.add_section()
+        for kind, n_bytes in numbers[key].items():
+            table.add_row(f"{'disk' if key == 'disk_bytes' else 'memory a worker'}: {kind}", f"{n_bytes / 1e6:,.1f} MB")
+    return table
+
+
+def _summary_json(summary: "Summary") -> dict[str, Any]:
+    return {
+        "store": summary.store,
+        "range_table": summary.range_table,
+        "n_samples": summary.n_samples,
+        "n_tokens": summary.n_tokens,
+        "seconds": summary.seconds,
+        "stages": summary.stages,
+        "rows": summary.erasure,
+    }
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise UsageError(f"--param {text!r} is not of the form name=value, for example --param layer=3.")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    typer.echo(json.dumps(content))
+
+
+def _console() -> Console:
+    return Console(stderr=True)

@@ -1,0 +1,295 @@
+"""The collecting stage: one shard of texts through the model, its statistics into the store, a receipt back.
+
+Only the receipt travels to the driver; activations go from the forward pass into running statistics and raw rows from
+there into Parquet.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from neuronlens.batches import TokenBatch, pad
+from neuronlens.capture import Capture, correct_B
+from neuronlens.errors import RunFailed
+from neuronlens.histograms import MAX_BIN
+from neuronlens.hookpoints import Site, find_sites
+from neuronlens.models import LoadedModel
+from neuronlens.moments import Moments
+from neuronlens.store import Store, StoredFile, new_attempt, receipt_of
+from pipeline.plan import Shard, package_versions
+
+RAW_ROW_GROUP_ROWS = 262_144
+
+_KEYS = [
+    ("layer", pa.int16()),
+    ("hook_point", pa.dictionary(pa.int8(), pa.string())),
+    ("neuron", pa.int32()),
+    ("concept", pa.dictionary(pa.int32(), pa.string())),
+]
+PARTIALS_SCHEMA = pa.schema(
+    [
+        *_KEYS,
+        ("n", pa.int64()),
+        ("n_nonfinite", pa.int64()),
+        ("mean", pa.float64()),
+        ("m2", pa.float64()),
+        ("m3", pa.float64()),
+        ("m4", pa.float64()),
+        ("min", pa.float32()),
+        ("max", pa.float32()),
+        ("mean_abs", pa.float64()),
+    ]
+)
+HISTOGRAMS_SCHEMA = pa.schema([*_KEYS, ("bin", pa.int16()), ("n", pa.int64())])
+RAW_SCHEMA = pa.schema(
+    [*_KEYS[:3], ("sample", pa.int64()), ("position", pa.int32()), _KEYS[3], ("value", pa.float32())]
+)
+
+_FLOATS = ["mean", "m2", "m3", "m4", "min", "max", "mean_abs"]
+PARTIALS_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "use_dictionary": ["hook_point", "concept", "n", "n_nonfinite"],
+    "column_encoding": dict.fromkeys(_FLOATS, "BYTE_STREAM_SPLIT") | {"neuron": "DELTA_BINARY_PACKED"},
+}
+HISTOGRAMS_OPTIONS: dict[str, Any] = {"compression": "zstd", "use_dictionary": ["hook_point", "concept", "bin", "n"]}
+RAW_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "use_dictionary": ["hook_point", "concept", "neuron"],
+    "column_encoding": {
+        "value": "BYTE_STREAM_SPLIT",
+        "sample": "DELTA_BINARY_PACKED",
+        "position": "DELTA_BINARY_PACKED",
+    },
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectSpec:
+    """How every shard of a store is collected: what store.json decided, in the form that a collector needs."""
+
+    hook_points: tuple[str, ...]
+    layers: tuple[int, ...]
+    modules: dict[str, str]
+    unit: str
+    histograms: bool
+    raw_layers: tuple[int, ...]
+    raw_neurons: tuple[int, ...] | None
+    answers: dict[str, int] | None = None
+    """The right token or class of each concept, where only correctly answered texts count."""
+
+    @classmethod
+    def of(cls, description: dict[str, Any], answers: dict[str, int] | None) -> "CollectSpec":
+        raw, layers = description["raw"], tuple(description["layers"])
+        raw_layers = layers if raw["layers"] == "all" else tuple(raw["layers"])
+        return cls(
+            hook_points=tuple(description["hook_points"]),
+            layers=layers,
+            modules=description["model"]["modules"],
+            unit=description["unit"],
+            histograms=description["histograms"],
+            raw_layers=() if raw["policy"] == "none" else raw_layers,
+            raw_neurons=None if raw["neurons"] == "all" else tuple(raw["neurons"]),
+            answers=answers if description["only_correct"] else None,
+        )
+
+
+@dataclass(slots=True)
+class Seconds:
+    """Where the time of one shard went."""
+
+    forward: float = 0.0
+    write: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(slots=True)
+class _ShardRun:
+    """What is counted while a shard runs."""
+
+    seconds: Seconds = field(default_factory=Seconds)
+    n_kept: int = 0
+    sample_ids: list[np.ndarray] = field(default_factory=list)
+
+
+def collect_shard(
+    loaded: LoadedModel, spec: CollectSpec, store: Store, shard: Shard, *, n_threads: int = 1
+) -> dict[str, Any]:
+    """Run one shard and commit it. Returns the receipt that counts: ours, or that of another attempt that was first."""
+    started = time.perf_counter()
+    run = _ShardRun()
+    samples = read_samples(store, shard)
+    sites = find_sites(loaded.module, spec.hook_points, spec.layers, spec.modules or None)
+    capture = Capture(
+        loaded, sites, unit=spec.unit, histograms=spec.histograms, raw=_raw_sites(spec, sites), n_threads=n_threads
+    )
+    _forward(loaded, capture, spec, shard, samples, run)
+    run.seconds.forward = time.perf_counter() - started
+    moments = [accumulator.moments() for accumulator in capture.accumulators]
+    attempt = new_attempt()
+    files = [_write_partials(store, shard, attempt, sites, moments)]
+    if spec.histograms:
+        files.append(_write_histograms(store, shard, attempt, capture))
+    files += _write_raw(store, shard, attempt, capture, spec, run)
+    run.seconds.total = time.perf_counter() - started
+    run.seconds.write = run.seconds.total - run.seconds.forward
+    receipt = receipt_of(
+        files,
+        shard=shard.shard,
+        attempt=attempt,
+        concept=shard.concept,
+        n_samples=shard.n_samples,
+        n_kept=run.n_kept,
+        n_tokens=shard.n_tokens,
+        n_truncated=int(np.sum(samples["truncated"].to_numpy())),
+        n_nonfinite=int(sum(part.n_nonfinite_N.sum() for part in moments)),
+        versions=package_versions(),
+        seconds={
+            "forward": run.seconds.forward,
+            "write": run.seconds.write,
+            "total": run.seconds.total,
+        },
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    if store.create_json(f"commits/{shard.name}.json", receipt):
+        return receipt
+    for file in files:
+        store.remove(file.path)
+    return store.read_json(f"commits/{shard.name}.json")
+
+
+def read_samples(store: Store, shard: Shard) -> pa.Table:
+    """The samples of one shard, in the order in which they run."""
+    with store.fs.open(store.path(shard.samples_file), "rb") as file:
+        table = pq.ParquetFile(file).read_row_group(shard.row_group)
+    if table.num_rows != shard.n_samples or table["shard"][0].as_py() != shard.shard:
+        raise RunFailed(
+            f"{store.path(shard.samples_file)} holds {table.num_rows} samples of shard {table['shard'][0]} in row "
+            "group "
+            f"{shard.row_group}; the plan promises {shard.n_samples} of shard {shard.shard}. The plan was damaged: "
+            "start again with a new --store."
+        )
+    return table
+
+
+def batches_of(samples: pa.Table, pad_id: int) -> Iterator[tuple[np.ndarray, TokenBatch]]:
+    """The frozen batches of a shard: (row numbers within the shard, padded tokens)."""
+    rows = samples["token_ids"].to_pylist()
+    batch_of = samples["batch"].to_numpy()
+    edges = [0, *(np.flatnonzero(np.diff(batch_of)) + 1).tolist(), len(batch_of)]
+    for first, last in itertools.pairwise(edges):
+        yield np.arange(first, last), pad(rows[first:last], pad_id=pad_id)
+
+
+def _forward(
+    loaded: LoadedModel, capture: Capture, spec: CollectSpec, shard: Shard, samples: pa.Table, run: _ShardRun
+) -> None:
+    sample_ids = samples["sample"].to_numpy()
+    for rows, batch in batches_of(samples, loaded.pad_id):
+        keep_B = None
+        if spec.answers is not None:
+            keep_B = correct_B(loaded, batch, spec.answers[shard.concept])
+        run.n_kept += len(rows) if keep_B is None else int(keep_B.sum())
+        run.sample_ids.append(sample_ids[rows])
+        capture.add(batch, keep_B)
+
+
+def _raw_sites(spec: CollectSpec, sites: tuple[Site, ...]) -> dict[int, np.ndarray | None]:
+    neurons = None if spec.raw_neurons is None else np.array(spec.raw_neurons)
+    return {index: neurons for index, site in enumerate(sites) if site.layer in spec.raw_layers}
+
+
+def _keys(site: Site, concept: str, neuron_X: np.ndarray) -> dict[str, pa.Array]:
+    """The four key columns for the neurons given, one value a row."""
+    zeros = np.zeros(len(neuron_X), np.int8)
+    return {
+        "layer": pa.array(np.full(len(neuron_X), site.layer, np.int16)),
+        "hook_point": pa.DictionaryArray.from_arrays(pa.array(zeros), pa.array([site.hook_point])),
+        "neuron": pa.array(neuron_X.astype(np.int32)),
+        "concept": pa.DictionaryArray.from_arrays(pa.array(zeros.astype(np.int32)), pa.array([concept])),
+    }
+
+
+def _write_partials(
+    store: Store, shard: Shard, attempt: str, sites: tuple[Site, ...], moments: list[Moments]
+) -> StoredFile:
+    def tables() -> Iterator[pa.Table]:
+        for site, part in zip(sites, moments, strict=True):
+            columns = _keys(site, shard.concept, np.arange(site.width))
+            columns |= {"n": pa.array(part.n_N), "n_nonfinite": pa.array(part.n_nonfinite_N)}
+            columns |= {name: pa.array(getattr(part, f"{name}_N"), from_pandas=True) for name in _FLOATS}
+            yield pa.Table.from_pydict(columns, schema=PARTIALS_SCHEMA)
+
+    path = f"partials/{shard.name}.{attempt}.parquet"
+    return store.write_parquet("partials", path, PARTIALS_SCHEMA, tables(), **PARTIALS_OPTIONS)
+
+
+def _write_histograms(store: Store, shard: Shard, attempt: str, capture: Capture) -> StoredFile:
+    def tables() -> Iterator[pa.Table]:
+        for site, accumulator in zip(capture.sites, capture.accumulators, strict=True):
+            counts_NB = accumulator.counts()
+            assert counts_NB is not None
+            neuron_X, bin_X = np.nonzero(counts_NB)
+            columns = _keys(site, shard.concept, neuron_X)
+            columns |= {
+                "bin": pa.array((bin_X - MAX_BIN).astype(np.int16)),
+                "n": pa.array(counts_NB[neuron_X, bin_X].astype(np.int64)),
+            }
+            yield pa.Table.from_pydict(columns, schema=HISTOGRAMS_SCHEMA)
+
+    path = f"histograms/{shard.name}.{attempt}.parquet"
+    return store.write_parquet("histograms", path, HISTOGRAMS_SCHEMA, tables(), **HISTOGRAMS_OPTIONS)
+
+
+def _write_raw(
+    store: Store, shard: Shard, attempt: str, capture: Capture, spec: CollectSpec, run: _ShardRun
+) -> list[StoredFile]:
+    if not any(capture.raw_values.values()):
+        return []
+    sample_R = np.concatenate(
+        [ids[rows.numpy()] for ids, rows in zip(run.sample_ids, capture.raw_samples, strict=True)]
+    )
+    position_R = None
+    if capture.raw_positions[0] is not None:
+        position_R = torch.cat([part for part in capture.raw_positions if part is not None]).numpy().astype(np.int32)
+    files = []
+    for index, parts in capture.raw_values.items():
+        site = capture.sites[index]
+        x_NR = torch.cat(parts).T.float().contiguous().numpy()
+        neurons = np.arange(site.width) if spec.raw_neurons is None else np.array(spec.raw_neurons)
+        tables = _raw_tables(site, shard.concept, neurons, x_NR, sample_R, position_R)
+        path = f"raw/hook_point={site.hook_point}/layer={site.layer}/{shard.name}.{attempt}.parquet"
+        files.append(store.write_parquet("raw", path, RAW_SCHEMA, tables, **RAW_OPTIONS))
+    return files
+
+
+def _raw_tables(
+    site: Site,
+    concept: str,
+    neuron_N: np.ndarray,
+    x_NR: np.ndarray,
+    sample_R: np.ndarray,
+    position_R: np.ndarray | None,
+) -> Iterator[pa.Table]:
+    """Neuron-major rows, some neurons a row group, so that reading one neuron skips all row groups but one."""
+    n_rows = len(sample_R)
+    step = max(1, RAW_ROW_GROUP_ROWS // max(1, n_rows))
+    for first in range(0, len(neuron_N), step):
+        chunk_N = neuron_N[first : first + step]
+        columns = _keys(site, concept, np.repeat(chunk_N, n_rows))
+        columns["sample"] = pa.array(np.tile(sample_R, len(chunk_N)))
+        columns["position"] = (
+            pa.nulls(n_rows * len(chunk_N), pa.int32())
+            if position_R is None
+            else pa.array(np.tile(position_R, len(chunk_N)))
+        )
+        columns["value"] = pa.array(x_NR[first : first + step].reshape(-1))
+        yield pa.Table.from_pydict(columns, schema=RAW_SCHEMA)

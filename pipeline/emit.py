@@ -1,0 +1,73 @@
+"""The ranges stage: from a store's moments and salience to an immutable range table."""
+
+import tempfile
+from typing import Any
+
+from neuronlens.query import connect, run_file
+
+from neuronlens.errors import UsageError
+from neuronlens.ranges import RangeTable, TableModel
+from neuronlens.store import Store
+
+
+def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) -> RangeTable:
+    """Make, save and return the range table of a store. The same arguments give the same table, with the same id.
+
+    Raises UsageError where the store has no statistics yet, or where no concept has a range.
+    """
+    description = store.describe()
+    lists = store.file_lists()
+    if not lists.get("moments"):
+        raise UsageError(
+            f"{store.root} has no moments yet: {len(lists['commits'])} shards are committed, but the statistics "
+            "were not made. "
+            "Finish the run first: the same 'neuronlens run' command goes on where it stopped."
+        )
+    fs = None if store.is_local else store.fs
+    with (
+        tempfile.TemporaryDirectory(prefix="neuronlens-sql-") as spill,
+        connect(lists, fs=fs, temp_directory=spill) as con,
+    ):
+        rows = run_file(con, "ranges", tau=tau, top_fraction=top_fraction, salience=salience)
+    model = description["model"]
+    table = RangeTable.make(
+        rows,
+        tau=tau,
+        top_fraction=top_fraction,
+        salience=salience,
+        store_hash=description["store_hash"],
+        model=TableModel(id=model["id"], revision=model["revision"], config_hash=model["config_hash"]),
+        unit=description["unit"],
+        widths=description["widths"],
+        coverage=coverage_of(store),
+    )
+    table.save(store.root, store.fs)
+    return table
+
+
+def load_table(store: Store, table_id: str | None) -> RangeTable:
+    """One table of a store by its id; without an id, the only one there is.
+
+    Raises UsageError where there is no such table, or several to choose from.
+    """
+    ids = store.table_ids()
+    if table_id is None and len(ids) == 1:
+        table_id = ids[0]
+    if table_id is None or table_id not in ids:
+        found = f"has no table {table_id}" if table_id else f"has {len(ids)} tables"
+        raise UsageError(
+            f"{store.root} {found}. Its tables: {', '.join(ids) or 'none'}. Name one with --table, or make one with "
+            f"'neuronlens ranges {store.root}'."
+        )
+    return RangeTable.load(store.path(f"ranges/{table_id}"), store.fs)
+
+
+def coverage_of(store: Store) -> dict[str, Any]:
+    """How much of the plan a store holds."""
+    planned = store.describe()["dataset"]["n_rows"]
+    commits = store.receipts("commits")
+    return {
+        "n_shards": len(commits),
+        "n_samples": sum(receipt["n_samples"] for receipt in commits),
+        "n_planned": planned,
+    }

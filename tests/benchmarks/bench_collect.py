@@ -1,0 +1,199 @@
+"""What do the statistics cost beside the forward pass, and the whole job beside the naive procedure?
+
+    python -m tests.benchmarks.bench_collect overhead --model DIR --data train.jsonl [--texts 2000] [--repeats 7]
+    python -m tests.benchmarks.bench_collect memory   --model DIR --data train.jsonl
+    python -m tests.benchmarks.bench_collect naive    --recipe recipe.yaml [--share 0.125]
+
+`overhead`: the same batches through the bare trunk and through Capture, in turn, in one process; the ratio of each
+pair, then their median. `memory`: peak resident memory of a fresh process that collects N and 4 N texts. `naive`:
+every text padded to a fixed 128, one pass a concept, activations in Python lists, numpy mean and std, against
+`neuronlens run` up to the range table.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from neuronlens.batches import TokenBatch, batches_by_length, pad
+from neuronlens.capture import Capture
+from neuronlens.hookpoints import find_sites
+from neuronlens.models import LoadedModel, load_model
+from neuronlens.recipe import load_recipe
+from pipeline.plan import TOKENS_PER_BATCH
+
+NAIVE_LENGTH = 128
+NAIVE_BATCH = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("overhead", "memory", "memory-child"):
+        command = commands.add_parser(name)
+        command.add_argument("--model", required=True)
+        command.add_argument("--data", required=True)
+        command.add_argument("--suffix", default="<sep>")
+        command.add_argument("--texts", type=int, default=2_000)
+        command.add_argument("--repeats", type=int, default=7)
+        command.add_argument("--threads", type=int, default=1)
+    command = commands.add_parser("naive")
+    command.add_argument("--recipe", required=True)
+    command.add_argument("--share", type=float, default=0.125, help="Share of the texts that the naive procedure runs.")
+    command.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    {"overhead": overhead, "memory": memory, "memory-child": memory_child, "naive": naive}[args.command](args)
+
+
+def overhead(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    loaded = load_model(args.model)
+    batches = list(_batches(loaded, args))
+    n_tokens = sum(int(batch.mask_BT.sum()) for batch in batches)
+    sites = find_sites(loaded.module, ["mlp_post"], "all")
+    cases = {
+        "last_token, moments and histograms": ("last_token", True),
+        "token, moments": ("token", False),
+        "token, moments and histograms": ("token", True),
+    }
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                loaded.hidden(batch)
+
+    def captured(unit: str, histograms: bool) -> None:
+        capture = Capture(loaded, sites, unit=unit, histograms=histograms, raw={}, n_threads=args.threads)
+        for batch in batches:
+            capture.add(batch)
+
+    bare()
+    captured("token", True)
+    print(f"{len(batches)} batches, {n_tokens:,} tokens, {args.threads} threads, {args.repeats} pairs a row\n")
+    print("| case | bare, s | captured, s | ratio (median) | min | max |\n|---|---|---|---|---|---|")
+    for name, (unit, histograms) in cases.items():
+        pairs = []
+        for _ in range(args.repeats):
+            # Before and after, so that a machine that slows down does not count for one side.
+            before, here, after = _seconds(bare), _seconds(partial(captured, unit, histograms)), _seconds(bare)
+            pairs.append(((before + after) / 2, here))
+        ratios = sorted(here / base for base, here in pairs)
+        base, here = (statistics.median(column) for column in zip(*pairs, strict=True))
+        spread = " | ".join(f"{ratio:.3f}" for ratio in (statistics.median(ratios), ratios[0], ratios[-1]))
+        print(f"| {name} | {base:.2f} | {here:.2f} | {spread} |", flush=True)
+
+
+def memory(args: argparse.Namespace) -> None:
+    print("| texts | peak memory of the collecting process, MB |\n|---|---|")
+    for n_texts in (args.texts, 4 * args.texts):
+        command = [sys.executable, "-m", __spec__.name, "memory-child", "--model", args.model, "--data", args.data]
+        command += ["--suffix", args.suffix, "--texts", str(n_texts)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        print(f"| {n_texts:,} | {float(done.stdout) / 1e6:.0f} |", flush=True)
+
+
+def memory_child(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    loaded = load_model(args.model)
+    sites = find_sites(loaded.module, ["mlp_post"], "all")
+    capture = Capture(loaded, sites, unit="token", histograms=True, raw={})
+    for batch in _batches(loaded, args):
+        capture.add(batch)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def naive(args: argparse.Namespace) -> None:
+    recipe = load_recipe(args.recipe)
+    rows = [json.loads(line) for line in Path(recipe.data.source).read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    share = sorted(rng.choice(len(rows), int(len(rows) * args.share), replace=False))
+    results = []
+    for _ in range(args.repeats):
+        ours = _seconds(lambda: _run_job(args.recipe))
+        theirs = _seconds(lambda: _naive_ranges(recipe.model.id, [rows[i] for i in share])) / args.share
+        results.append((ours, theirs))
+        print(f"ours {ours:.1f} s, naive {theirs:.1f} s, ratio {theirs / ours:.2f}", file=sys.stderr, flush=True)
+    ours, theirs = (statistics.median(column) for column in zip(*results, strict=True))
+    ratio = statistics.median(theirs / ours for ours, theirs in results)
+    print(f"| the whole job, s | naive, s (from {args.share:.1%} of the texts) | ratio (median) |\n|---|---|---|")
+    print(f"| {ours:.1f} | {theirs:.1f} | {ratio:.1f} |")
+
+
+def _run_job(recipe: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "neuronlens",
+            "run",
+            recipe,
+            "--store",
+            f"{folder}/store",
+            "--set",
+            "test=null",
+        ]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def _naive_ranges(model_id: str, rows: list[dict[str, str]]) -> None:
+    """What a first script does, on all cores: it is the procedure that is slow, not the model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(model_id), AutoModelForCausalLM.from_pretrained(model_id).eval()
+    kept: dict[int, list[np.ndarray]] = {}
+    last: torch.Tensor = torch.empty(0)
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            kept[layer].extend(args[0][torch.arange(len(last)), last].numpy())
+
+        return hook
+
+    for layer, block in enumerate(model.transformer.h):
+        block.mlp.c_proj.register_forward_pre_hook(keep(layer))
+    for concept in sorted({row["label"] for row in rows}):
+        kept = {layer: [] for layer in range(len(model.transformer.h))}
+        texts = [row["text"] + "<sep>" for row in rows if row["label"] == concept]
+        for some in _batched(texts):
+            tokens = tokenizer(
+                some, padding="max_length", truncation=True, max_length=NAIVE_LENGTH, return_tensors="pt"
+            )
+            last = tokens["attention_mask"].sum(dim=1) - 1
+            with torch.no_grad():
+                model(**tokens)
+        for values in kept.values():
+            mean, std = np.mean(values, axis=0), np.std(values, axis=0)
+            _ = mean - 2.5 * std, mean + 2.5 * std
+
+
+def _batched(texts: list[str]) -> list[list[str]]:
+    return [texts[first : first + NAIVE_BATCH] for first in range(0, len(texts), NAIVE_BATCH)]
+
+
+def _batches(loaded: LoadedModel, args: argparse.Namespace) -> list[TokenBatch]:
+    lines = Path(args.data).read_text().splitlines()[: args.texts]
+    texts = [json.loads(line)["text"] for line in lines]
+    rows = sorted(loaded.tokenizer([text + args.suffix for text in texts])["input_ids"], key=len)
+    rows = [row[: loaded.window] for row in rows]
+    groups = batches_by_length([len(row) for row in rows], TOKENS_PER_BATCH["cpu"])
+    return [pad([rows[i] for i in group], pad_id=loaded.pad_id) for group in groups]
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The commit protocol and verification of a store, on a disk and in memory."""
+
+import multiprocessing
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from neuronlens.errors import RunFailed, UsageError
+from neuronlens.store import Store, content_hash, new_attempt, receipt_of
+
+SCHEMA = pa.schema([("x", pa.int64())])
+
+
+def write(store: Store, kind: str = "partials", rows: int = 5):
+    path = f"{kind}/shard-00000.{new_attempt()}.parquet"
+    tables = [pa.table({"x": pa.array(range(n), pa.int64())}) for n in (rows, 1)]
+    return store.write_parquet(kind, path, SCHEMA, tables)
+
+
+def commit(store: Store, *files, shard: int = 0) -> bool:
+    return store.create_json(f"commits/shard-{shard:05d}.json", receipt_of(files, shard=shard, attempt="a"))
+
+
+def test_store__counts_only_files_that_a_receipt_names(tmp_path):
+    store = Store(str(tmp_path))
+    committed, orphan = write(store), write(store)
+    commit(store, committed)
+    assert store.file_lists()["partials"] == [store.path(committed.path)]
+    assert Path(store.path(orphan.path)).exists()
+
+
+def test_store__describes_what_it_wrote(tmp_path):
+    store = Store(str(tmp_path))
+    file = write(store)
+    path = Path(store.path(file.path))
+    assert (file.n_bytes, file.n_rows) == (path.stat().st_size, 6)
+    assert pq.ParquetFile(path).metadata.num_row_groups == 2
+    assert store.adopt("partials", file.path) == file
+
+
+def test_store__takes_the_first_receipt_only(tmp_path):
+    store = Store(str(tmp_path))
+    assert commit(store, write(store))
+    before = store.read_json("commits/shard-00000.json")
+    assert not commit(store, write(store))
+    assert store.read_json("commits/shard-00000.json") == before
+    assert store.names("commits") == ["shard-00000.json"], "no draft stays behind"
+
+
+def _race(root, number, start, wins):
+    start.wait()
+    wins.put(Store(root).create_json("commits/shard-00000.json", {"winner": number}))
+
+
+def test_store__lets_one_of_many_racing_processes_commit(tmp_path):
+    context = multiprocessing.get_context("fork")
+    start, wins = context.Event(), context.Queue()
+    racers = [context.Process(target=_race, args=(str(tmp_path), n, start, wins)) for n in range(6)]
+    for racer in racers:
+        racer.start()
+    start.set()
+    assert sorted(wins.get(timeout=30) for _ in racers) == [False] * 5 + [True]
+    for racer in racers:
+        racer.join()
+
+
+def test_store__finds_every_kind_of_damage(tmp_path):
+    store = Store(str(tmp_path))
+    files = [write(store) for _ in range(4)]
+    for shard, file in enumerate(files):
+        commit(store, file, shard=shard)
+    assert store.faults() == []
+    missing, truncated, flipped, _ = (Path(store.path(file.path)) for file in files)
+    missing.unlink()
+    truncated.write_bytes(truncated.read_bytes()[:-10])
+    damaged = bytearray(flipped.read_bytes())
+    damaged[20] ^= 1
+    flipped.write_bytes(damaged)
+    faults = store.faults()
+    assert len(faults) == 3
+    for name, word in ((missing, "missing"), (truncated, "bytes"), (flipped, "BLAKE2b")):
+        assert any(name.name in fault and word in fault for fault in faults)
+
+
+def test_store__works_on_any_fsspec_url():
+    store = Store("memory://bucket/run")
+    store.create_json("store.json", {"format_version": 1})
+    assert commit(store, write(store))
+    assert store.faults() == []
+    assert store.describe()["format_version"] == 1
+    store.fs.rm("/bucket", recursive=True)
+
+
+def test_store__says_when_there_is_none_or_another_format(tmp_path):
+    with pytest.raises(UsageError, match=r"store\.json is missing"):
+        Store(str(tmp_path)).describe()
+    Store(str(tmp_path)).create_json("store.json", {"format_version": 99})
+    with pytest.raises(UsageError, match="store format 99"):
+        Store(str(tmp_path)).describe()
+
+
+def test_store__says_which_receipt_is_damaged(tmp_path):
+    (tmp_path / "commits").mkdir()
+    (tmp_path / "commits" / "shard-00000.json").write_text('{"shard": ')
+    with pytest.raises(RunFailed, match=r"shard-00000\.json is not JSON"):
+        Store(str(tmp_path)).receipts("commits")
+
+
+def test_content_hash__does_not_depend_on_the_order_of_keys():
+    assert content_hash({"a": 1, "b": [2]}) == content_hash({"b": [2], "a": 1}) != content_hash({"a": 1, "b": [3]})
