@@ -188,8 +188,8 @@ def _compile_rule(table: RangeTable, rule: Rule) -> list[SiteProgram]:
             parts.append(_compile_site(rule, hook_point, layer, table.header.widths[hook_point], here))
     if not parts:
         raise UsageError(
-            f"Range table {table.id} has no neuron of concept {rule.concept} at the hook points and layers of the rule "
-            f"{rule.model_dump(exclude_defaults=True)}. Leave out layers and hook_points to take all that it has."
+            f"Range table {table.id} has no neuron for the rule {rule.model_dump(exclude_defaults=True)}. Leave out "
+            f"layers, hook_points and top_fraction to take all that it has of {rule.concept}."
         )
     return parts
 

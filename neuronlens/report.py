@@ -3,33 +3,35 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
-
-CONDITIONS = {"base": "base", "neuron": "whole neuron", "range": "range"}
 
 
 def erasure_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of `neuronlens.evaluation.erasure_rows`, a section a concept, and the mean of each condition at the end.
 
-    Accuracies stand with their 95 % interval; `changed` is the share of the tested activations that was replaced.
+    Accuracies stand with their 95 % interval; `changed` is the share of the tested activations that was replaced. In
+    a terminal of 80 columns the intervals take a line of their own.
     """
-    table = Table(title="What each intervention erases (target) and what it spares (others)", title_justify="left")
-    table.add_column("concept")
-    table.add_column("condition")
-    for heading in (
-        "target acc. [95 %]",
-        "target conf.",
-        "others acc. [95 %]",
-        "others conf.",
-        "perplexity",
-        "changed",
-    ):
+    table = Table(
+        title="What each intervention erases (target) and what it spares (others)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("concept", overflow="fold")
+    table.add_column("case", no_wrap=True)
+    for side in ("target", "others"):
+        table.add_column(f"{side} acc. (95 %)", justify="right", min_width=len("(0.00–0.00)"))
+        table.add_column(f"{side} conf.", justify="right", width=len(side))
+    for heading in ("perplexity", "changed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for concept in dict.fromkeys(row["concept"] for row in rows):
-        table.add_section()
         for i, row in enumerate(row for row in rows if row["concept"] == concept):
             table.add_row(concept if i == 0 else "", *_cells(row))
-    table.add_section()
+        table.add_section()
     for i, condition in enumerate(dict.fromkeys(row["condition"] for row in rows)):
         mean = _mean([row for row in rows if row["condition"] == condition])
         table.add_row("mean" if i == 0 else "", *_cells(mean), style="bold")
@@ -38,7 +40,7 @@ def erasure_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
-        CONDITIONS.get(row["condition"], row["condition"]),
+        row["condition"],
         _accuracy(row, "target"),
         _number(row["target_confidence"], ".3f"),
         _accuracy(row, "complement"),
@@ -50,7 +52,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _accuracy(row: Mapping[str, Any], side: str) -> str:
     low, high = row.get(f"{side}_accuracy_low"), row.get(f"{side}_accuracy_high")
-    interval = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+    interval = "" if low is None or high is None else f" ({low:.2f}–{high:.2f})"
     return _number(row[f"{side}_accuracy"], ".3f") + interval
 
 

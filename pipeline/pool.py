@@ -39,7 +39,7 @@ class _Try(Generic[Job]):
 
 @dataclass(slots=True)
 class Pool:
-    """`size` actors made by `make_actor`, each of which must answer `ready.remote()` before it gets work."""
+    """`size` actors made by `make_actor`. Each does its heavy start in `ready`, so that its reason to fail comes back."""
 
     make_actor: Callable[[], Any]
     size: int
@@ -121,6 +121,7 @@ class Pool:
         try:
             ray.get(ref)
         except ray.exceptions.RayError as error:
+            ray.kill(actor)
             self._n_failed_starts += 1
             cause = getattr(error, "cause", None)
             if isinstance(cause, NeuronLensError):

@@ -9,6 +9,7 @@ import ray
 
 from neuronlens.errors import UsageError
 from neuronlens.evaluation import Case, CaseResult, TestText, evaluate_case
+from neuronlens.models import load_model
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import ComputeSection, ModelSection
 from neuronlens.store import Store
@@ -70,17 +71,15 @@ class ModelWorker:
     """Holds the model; collects shards and evaluates cases, one at a time."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        import torch
-
-        from neuronlens.models import load_model
-
-        torch.set_num_threads(spec.layout.n_threads)
         self._spec = spec
-        self._loaded = load_model(
-            spec.model.id, revision=spec.model.revision, dtype=spec.model.dtype, device=spec.layout.device_type
-        )
 
     def ready(self) -> int:
+        """Load the model; the process id. Must be called first."""
+        import torch
+
+        model, layout = self._spec.model, self._spec.layout
+        torch.set_num_threads(layout.n_threads)
+        self._loaded = load_model(model.id, revision=model.revision, dtype=model.dtype, device=layout.device_type)
         return os.getpid()
 
     def collect(self, shard: Shard) -> dict[str, Any]:

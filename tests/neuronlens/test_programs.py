@@ -113,6 +113,12 @@ def test_compile__takes_the_most_salient_alone_when_asked(table: RangeTable) -> 
     np.testing.assert_array_equal(site.named_N, [False, False, True, False])
 
 
+def test_compile__refuses_a_rule_that_names_no_neuron() -> None:
+    table = table_of([row("joy", 2, 0.5, 0.25, rank=2)])  # the most salient neuron had no finite value
+    with pytest.raises(UsageError, match="has no neuron for the rule"):
+        Program.compile(table, [Rule(concept="joy", top_fraction=0.25)])
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

@@ -1,6 +1,7 @@
 """The erasure table as a person sees it."""
 
 import io
+import re
 from typing import Any
 
 from rich.console import Console
@@ -27,12 +28,17 @@ def erasure_row(concept: str, condition: str, **fields: Any) -> dict[str, Any]:
     return {"concept": concept, "condition": condition, **known, **others, **rest, **fields}
 
 
-def lines(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The cells of each body row, as printed on a wide terminal."""
-    printed = io.StringIO()
-    Console(width=140, file=printed).print(erasure_table(rows))
-    body = [line for line in printed.getvalue().splitlines() if line.startswith("│")]
-    return [[cell.strip() for cell in line[1:-1].split("│")] for line in body]
+def printed(rows: list[dict[str, Any]], width: int = 140) -> list[str]:
+    """The body of the table as lines, without its title and headings."""
+    out = io.StringIO()
+    Console(width=width, file=out).print(erasure_table(rows))
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    rule = next(i for i, line in enumerate(lines) if line.startswith("──"))
+    return [line for line in lines[rule + 1 :] if line and not line.startswith("──")]
+
+
+def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    return [re.split(r"\s{2,}", line) for line in printed(rows)]
 
 
 def test_erasure_table__shows_a_section_a_concept_and_the_mean_of_each_condition() -> None:
@@ -42,18 +48,27 @@ def test_erasure_table__shows_a_section_a_concept_and_the_mean_of_each_condition
         erasure_row("fear", "base"),
         erasure_row("fear", "range", target_accuracy=0.1, perplexity=1234.5, tested=3000, changed=0),
     ]
-    found = lines(rows)
-    assert found[0] == ["joy", "base", "1.000 [0.25, 0.75]", "0.400", "0.900 [0.85, 0.95]", "0.800", "12.50", "-"]
-    assert found[1][-1] == "25.0%"
-    assert found[2][:3] == ["fear", "base", "0.500 [0.25, 0.75]"]
-    assert found[3][6:] == ["1,234.50", "0.0%"]
-    assert found[4] == ["mean", "base", "0.750", "0.400", "0.900", "0.800", "12.50", "-"]
-    assert found[5][1:3] == ["range", "0.300"]
-    assert found[5][6:] == ["623.50", "6.2%"]
+    assert cells(rows) == [
+        ["joy", "base", "1.000 (0.25–0.75)", "0.400", "0.900 (0.85–0.95)", "0.800", "12.50", "-"],
+        ["range", "0.500 (0.25–0.75)", "0.400", "0.900 (0.85–0.95)", "0.800", "12.50", "25.0%"],
+        ["fear", "base", "0.500 (0.25–0.75)", "0.400", "0.900 (0.85–0.95)", "0.800", "12.50", "-"],
+        ["range", "0.100 (0.25–0.75)", "0.400", "0.900 (0.85–0.95)", "0.800", "1,234.50", "0.0%"],
+        ["mean", "base", "0.750", "0.400", "0.900", "0.800", "12.50", "-"],
+        ["range", "0.300", "0.400", "0.900", "0.800", "623.50", "6.2%"],
+    ]
+
+
+def test_erasure_table__loses_nothing_on_a_terminal_of_80_columns() -> None:
+    first, second, *_ = printed(
+        [erasure_row("surprise", "neuron", perplexity=12345.67, tested=10, changed=10)], width=80
+    )
+    assert first.split() == ["surprise", "neuron", "0.500", "0.400", "0.900", "0.800", "12,345.67", "100.0%"]
+    assert second.split() == ["(0.25–0.75)", "(0.85–0.95)"]
 
 
 def test_erasure_table__shows_a_dash_for_what_is_not_known() -> None:
-    unknown = dict.fromkeys([key for key in erasure_row("joy", "base") if "accuracy" in key or "confidence" in key])
-    found = lines([erasure_row("joy", "base", **unknown, perplexity=None)])
-    assert found[0] == ["joy", "base", "-", "-", "-", "-", "-", "-"]
-    assert found[1] == ["mean", "base", "-", "-", "-", "-", "-", "-"]
+    unknown = dict.fromkeys(key for key in erasure_row("joy", "base") if "accuracy" in key or "confidence" in key)
+    assert cells([erasure_row("joy", "base", **unknown, perplexity=None)]) == [
+        ["joy", "base", "-", "-", "-", "-", "-", "-"],
+        ["mean", "base", "-", "-", "-", "-", "-", "-"],
+    ]

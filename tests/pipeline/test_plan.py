@@ -9,25 +9,11 @@ import pytest
 from neuronlens.errors import UsageError
 from neuronlens.recipe import parse_recipe
 from neuronlens.store import Store
-from pipeline import plan as planning
 from pipeline.collect import batches_of, read_samples
 from pipeline.plan import check_room, freeze, make_plan
 from tests.tiny_models import SENTENCES, save_tiny, tiny_tokenizer
 
 WORDS = " ".join(SENTENCES).split()
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("plan")
-    save_tiny(folder / "model", "gpt2")
-    rng = np.random.default_rng(0)
-    rows = [
-        {"text": " ".join(rng.choice(WORDS, rng.integers(1, 20))), "label": str(rng.choice(["joy", "anger", "fear"]))}
-        for _ in range(120)
-    ]
-    write(folder / "train.jsonl", rows)
-    return folder
 
 
 def write(path, rows):
@@ -42,11 +28,6 @@ def recipe(place, **sections):
     for section, values in sections.items():
         content[section] = {**content.get(section, {}), **values}
     return parse_recipe(content)
-
-
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr(planning, "MIN_SHARD_TOKENS", 150)
 
 
 def test_plan__holds_every_sample_once_in_shards_of_one_concept(place, tmp_path, small_shards):
