@@ -1,0 +1,69 @@
+-- Which formulas do the queries share? Run this file once per session, before overlap.sql or separable_pairs.sql.
+-- in: nothing      out: scalar macros
+
+-- Cumulative distribution of the standard Gaussian, within 1e-15 (Hart 1968, algorithm 5666, as given by West 2005: DuckDB has no erf).
+create or replace macro normal_tail(t) as  -- P(X > t) for t >= 0
+    case
+        when t > 37 then 0e0
+        when t < 7.07106781186547e0 then
+            exp(-t * t / 2)
+            * ((((((3.52624965998911e-2 * t + 0.700383064443688e0) * t + 6.37396220353165e0) * t + 33.912866078383e0) * t
+                + 112.079291497871e0) * t + 221.213596169931e0) * t + 220.206867912376e0)
+            / (((((((8.83883476483184e-2 * t + 1.75566716318264e0) * t + 16.064177579207e0) * t + 86.7807322029461e0) * t
+                + 296.564248779674e0) * t + 637.333633378831e0) * t + 793.826512519948e0) * t + 440.413735824752e0)
+        else exp(-t * t / 2) / (t + 1 / (t + 2 / (t + 3 / (t + 4 / (t + 0.65e0))))) / 2.506628274631e0
+    end;
+create or replace macro normal_cdf(x) as case when x > 0 then 1 - normal_tail(x) else normal_tail(-x) end;
+create or replace macro erf(x) as 2 * normal_cdf(x * sqrt(2e0)) - 1;
+
+-- Overlapping coefficient of two Gaussians, the integral of the smaller density, in the unit of the narrower one:
+-- densities N(0, 1) and N(gap, ratio), gap >= 0, ratio >= 1. They cross at two points; the narrower is above between them.
+create or replace macro crossing_root(gap, ratio) as ratio * sqrt(gap * gap + 2 * (ratio * ratio - 1) * ln(ratio));
+create or replace macro lower_crossing(gap, ratio) as  -- -infinity for equal widths
+    -(gap + crossing_root(gap, ratio)) / (ratio * ratio - 1);
+create or replace macro upper_crossing(gap, ratio) as
+    (gap * gap + 2 * ratio * ratio * ln(ratio)) / (gap + crossing_root(gap, ratio));
+create or replace macro unit_gaussian_ovl(gap, ratio) as
+    case
+        when gap = 0 and ratio = 1 then 1e0
+        else normal_cdf(lower_crossing(gap, ratio)) + normal_cdf(-upper_crossing(gap, ratio))
+            + normal_cdf((upper_crossing(gap, ratio) - gap) / ratio) - normal_cdf((lower_crossing(gap, ratio) - gap) / ratio)
+    end;
+
+-- A std of 0 is a point: it overlaps the same point wholly (1), and anything else not at all (0). NULL in, NULL out.
+create or replace macro gaussian_ovl(mean_a, std_a, mean_b, std_b) as
+    case
+        when mean_a is null or mean_b is null or std_a is null or std_b is null then null
+        when std_a = 0 and std_b = 0 then (mean_a = mean_b)::double
+        when std_a = 0 or std_b = 0 then 0e0
+        else least(1e0, greatest(0e0, unit_gaussian_ovl(
+            abs(mean_a - mean_b) / least(std_a, std_b), greatest(std_a, std_b) / least(std_a, std_b))))
+    end;
+create or replace macro bhattacharyya(mean_a, std_a, mean_b, std_b) as
+    case
+        when std_a = 0 and std_b = 0 then (mean_a = mean_b)::double
+        else sqrt(2 * std_a * std_b / (std_a * std_a + std_b * std_b))
+            * exp(-(mean_a - mean_b) * (mean_a - mean_b) / (4 * (std_a * std_a + std_b * std_b)))
+    end;
+
+-- Length of the intersection over length of the union of two closed ranges; two equal points count as 1.
+create or replace macro range_jaccard(lower_a, upper_a, lower_b, upper_b) as
+    case
+        when lower_a is null or lower_b is null then null
+        when lower_a = lower_b and upper_a = upper_b then 1e0
+        when least(upper_a, upper_b) <= greatest(lower_a, lower_b) then 0e0
+        else (least(upper_a, upper_b) - greatest(lower_a, lower_b)) / (greatest(upper_a, upper_b) - least(lower_a, lower_b))
+    end;
+
+-- The range mean +- tau * std; a tau of infinity takes the whole line, also where std is 0.
+create or replace macro range_lower(mean, std, tau) as
+    case when isinf(tau) and mean is not null then '-infinity'::double else mean - tau * std end;
+create or replace macro range_upper(mean, std, tau) as
+    case when isinf(tau) and mean is not null then 'infinity'::double else mean + tau * std end;
+
+-- Edges of a histogram bin (docs/store-format.md). The outermost bins take every value beyond them: they have no outer edge.
+create or replace macro bin_edge(k) as  -- lower edge of bin k, k from 1 to 209
+    pow(2e0, -14 + (k - 1) // 8) * (1 + ((k - 1) % 8) / 8e0);
+create or replace macro bin_lower(bin) as
+    case when bin <= -208 then '-infinity'::double when bin > 0 then bin_edge(bin) else -bin_edge(1 - bin) end;
+create or replace macro bin_upper(bin) as -bin_lower(-bin);

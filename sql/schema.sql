@@ -1,0 +1,67 @@
+-- What does a store hold, and which files stand behind each table? Run this first: it makes every relation exist, empty.
+-- in: nothing      out: one empty view KIND_files per kind of file, with the columns and types of docs/store-format.md
+--
+-- In the plain DuckDB shell, a store is opened with this file, then one line per kind that the store has, then views.sql:
+--     .read sql/macros.sql
+--     .read sql/schema.sql
+--     create or replace view moments_files as from 'STORE/moments/*.parquet';
+--     create or replace view raw_files as from read_parquet('STORE/raw/*/*/*.parquet', hive_partitioning = true);
+--     .read sql/views.sql
+-- A glob also takes files that no receipt names. neuronlens.query.connect takes the lists that the receipts give.
+
+create or replace view plan_files as
+select null::integer as shard, null::varchar as concept, null::bigint as n_samples, null::bigint as n_tokens,
+    null::integer as n_batches, null::varchar as samples_file, null::integer as row_group
+limit 0;
+
+create or replace view samples_files as
+select null::bigint as sample, null::integer as shard, null::integer as batch, null::varchar as concept, null::bigint as "row",
+    null::integer as n_tokens, null::boolean as truncated, null::varchar as text, null::integer[] as token_ids
+limit 0;
+
+-- The receipts of the shards, as JSON: connect() reads these columns and leaves the others.
+create or replace view commits_files as
+select null::varchar as shard, null::varchar as attempt, null::bigint as n_truncated, null::bigint as n_nonfinite,
+    null::struct(total double) as seconds, null::varchar as finished_at
+limit 0;
+
+create or replace view partials_files as
+select null::smallint as layer, null::varchar as hook_point, null::integer as neuron, null::varchar as concept,
+    null::bigint as n, null::bigint as n_nonfinite, null::double as mean, null::double as m2, null::double as m3, null::double as m4,
+    null::float as min, null::float as max, null::double as mean_abs
+limit 0;
+
+create or replace view histograms_files as
+select null::smallint as layer, null::varchar as hook_point, null::integer as neuron, null::varchar as concept,
+    null::smallint as bin, null::bigint as n
+limit 0;
+
+-- hook_point and layer come from the path (raw/hook_point=mlp_post/layer=3/), so that a query opens only the files that it
+-- needs; DuckDB reads a number in a path as BIGINT, and a cast in the view would open every file again.
+create or replace view raw_files as
+select null::bigint as layer, null::varchar as hook_point, null::integer as neuron, null::bigint as sample,
+    null::integer as position, null::varchar as concept, null::float as value
+limit 0;
+
+create or replace view moments_files as
+select null::smallint as layer, null::varchar as hook_point, null::integer as neuron, null::varchar as concept,
+    null::bigint as n, null::bigint as n_nonfinite, null::double as mean, null::double as std,
+    null::double as skewness, null::double as kurtosis, null::float as min, null::float as max, null::double as mean_abs
+limit 0;
+
+create or replace view overlap_files as
+select null::smallint as layer, null::varchar as hook_point, null::integer as neuron,
+    null::varchar as concept_a, null::varchar as concept_b, null::float as tau, null::float as ovl, null::float as ovl_gaussian,
+    null::float as bhattacharyya, null::float as range_jaccard, null::float as b_in_a, null::float as a_in_b
+limit 0;
+
+create or replace view salience_files as
+select null::smallint as layer, null::varchar as hook_point, null::integer as neuron, null::varchar as concept,
+    null::varchar as method, null::double as score, null::integer as rank
+limit 0;
+
+create or replace view ranges_files as
+select null::varchar as hook_point, null::smallint as layer, null::integer as neuron, null::varchar as concept,
+    null::bigint as n, null::double as mean, null::double as std, null::double as mean_abs,
+    null::double as salience, null::integer as rank, null::double as lower, null::double as upper
+limit 0;

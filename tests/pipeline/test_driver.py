@@ -1,0 +1,230 @@
+"""The main job end to end on a tiny model: the same answer whatever the workers, resumable, and true to the raw values."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from tests.tiny_models import save_tiny
+
+from neuronlens.errors import RunFailed, UsageError
+from neuronlens.moments import Moments
+from neuronlens.query import connect
+from neuronlens.ranges import RangeTable
+from neuronlens.recipe import parse_recipe
+from neuronlens.store import Store
+from pipeline import driver
+
+pytestmark = pytest.mark.usefixtures("ray_cluster", "small_shards")
+
+ANSWERS = {"joy": "<joy>", "anger": "<anger>", "fear": "<fear>"}
+
+
+def recipe(place, **sections):
+    content = {
+        "model": {"id": str(place / "model")},
+        "data": {"source": str(place / "train.jsonl"), "prompt": "{text}<sep>", "answers": ANSWERS},
+        "test": {"source": str(place / "test.jsonl")},
+        "compute": {"workers": 2},
+    }
+    for section, values in sections.items():
+        content[section] = values if values is None else {**(content.get(section) or {}), **values}
+    return parse_recipe(content)
+
+
+def run(place, root, **sections):
+    return driver.run(recipe(place, **sections), name="test", store_root=str(root))
+
+
+def table_of(root, view, order):
+    with connect(Store(str(root)).file_lists()) as con:
+        return con.sql(f"from {view} order by {order}").to_arrow_table()
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory, ray_cluster):
+    """One run that others are compared with."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr("pipeline.plan.MIN_SHARD_TOKENS", 150)
+    root = tmp_path_factory.mktemp("finished") / "store"
+    summary = run(place, root, collect={"hook_points": ["mlp_post", "resid_post"]})
+    patch.undo()
+    return root, summary
+
+
+def test_run__leaves_everything_that_it_promises(finished):
+    root, summary = finished
+    assert summary.n_samples == 120
+    assert set(summary.stages) == {"plan", "collect", "statistics", "ranges", "evaluate"}
+    assert len(summary.erasure) == 3 * 3
+    table = RangeTable.load(str(root / "ranges" / summary.range_table))
+    assert table.concepts == ("anger", "fear", "joy")
+    assert table.hook_points == ("mlp_post", "resid_post")
+    assert Store(str(root)).faults() == []
+    shards = table_of(root, "shards", "shard")
+    assert shards.num_rows > 6
+
+
+def test_run__moments_are_those_of_the_raw_values(finished):
+    root, _ = finished
+    raw = table_of(root, "activations", "hook_point, layer, neuron, sample").to_pandas()
+    moments = table_of(root, "moments", "hook_point, layer, neuron, concept").to_pandas()
+    assert len(raw) == 120 * 2 * (40 + 16)
+    assert len(moments) == 3 * 2 * (40 + 16)
+    for key, values in raw.groupby(["hook_point", "layer", "neuron", "concept"], observed=True)["value"]:
+        if key[2] % 7:
+            continue
+        want = Moments.of(values.to_numpy()[:, None])
+        row = moments.set_index(["hook_point", "layer", "neuron", "concept"]).loc[key]
+        assert row["n"] == len(values)
+        for name in ("mean", "std", "skewness", "kurtosis", "mean_abs"):
+            np.testing.assert_allclose(row[name], getattr(want, f"{name}_N")[0], rtol=2e-5, atol=2e-6)
+
+
+def test_run__gives_the_same_for_one_worker_and_three(place, tmp_path, finished):
+    root, summary = finished
+    for n_workers in (1, 3):
+        other = tmp_path / str(n_workers)
+        again = run(
+            place,
+            other,
+            collect={"hook_points": ["mlp_post", "resid_post"]},
+            compute={"workers": n_workers},
+            test=None,
+        )
+        for view, order in (("histograms", "all"), ("activations", "all")):
+            assert table_of(other, view, order).equals(table_of(root, view, order))
+        ours, theirs = (table_of(place, "moments", "hook_point, layer, neuron, concept") for place in (other, root))
+        for name in ours.column_names:
+            a, b = ours[name].to_numpy(), theirs[name].to_numpy()
+            if a.dtype.kind == "f":
+                np.testing.assert_allclose(a, b, rtol=1e-12)
+            else:
+                np.testing.assert_array_equal(a, b)
+        assert again.range_table == summary.range_table
+
+
+def test_run__goes_on_where_it_stopped(place, tmp_path, finished):
+    root, summary = finished
+    copy = tmp_path / "store"
+    shutil.copytree(root, copy)
+    lost = sorted((copy / "commits").iterdir())[3]
+    lost.unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in (copy / "commits").iterdir()}
+    again = run(place, copy, collect={"hook_points": ["mlp_post", "resid_post"]})
+    assert lost.exists()
+    assert {name: (copy / "commits" / name).stat().st_mtime_ns for name in kept} == kept
+    assert again.range_table == summary.range_table
+    assert again.erasure == summary.erasure
+
+
+def test_run__names_the_shards_that_failed_and_keeps_the_others(place, tmp_path):
+    """One shard's samples are damaged after the plan was frozen: its text ids are beyond the vocabulary."""
+    planned = recipe(place)
+    store = Store(str(tmp_path))
+    shards = driver.freeze(driver.make_plan(planned), store)
+    victim = shards[2]
+    _damage(tmp_path / victim.samples_file, victim.row_group)
+    with pytest.raises(RunFailed, match=rf"1 of {len(shards)} shards failed.*\n.*{victim.name} .*failed 3 times"):
+        driver.run(planned, name="test", store_root=str(tmp_path))
+    assert len(store.names("commits")) == len(shards) - 1
+
+
+def _damage(path, row_group):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    tables = [file.read_row_group(i) for i in range(file.num_row_groups)]
+    bad = tables[row_group]
+    ids = pa.array([[10_000] * len(row) for row in bad["token_ids"].to_pylist()], pa.list_(pa.int32()))
+    tables[row_group] = bad.set_column(bad.column_names.index("token_ids"), "token_ids", ids)
+    with pq.ParquetWriter(path, file.schema_arrow) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=table.num_rows)
+
+
+@pytest.mark.parametrize("unit", ["token", "mean"])
+def test_run__takes_every_unit(place, tmp_path, unit):
+    summary = run(place, tmp_path, collect={"unit": unit}, test=None)
+    n = table_of(tmp_path, "moments", "all")["n"].to_numpy()
+    with connect(Store(str(tmp_path)).file_lists()) as con:
+        [(n_texts, n_tokens)] = con.sql(
+            "select count(*), sum(len(list_filter(token_ids, id -> id > 5))) from samples"
+        ).fetchall()
+    per_neuron = n.reshape(-1).sum() / (2 * 40)
+    assert per_neuron == (n_tokens if unit == "token" else n_texts)
+    assert summary.erasure == []
+
+
+def test_run__keeps_statistics_without_histograms_and_raw(place, tmp_path):
+    run(place, tmp_path, collect={"histograms": False, "raw": "none"}, test=None)
+    overlap = table_of(tmp_path, "overlap", "all").to_pandas()
+    assert overlap["ovl"].isna().all()
+    assert overlap["ovl_gaussian"].notna().all()
+    assert not (tmp_path / "raw").exists()
+
+
+def test_run__keeps_raw_values_of_chosen_neurons_only(place, tmp_path):
+    run(place, tmp_path, collect={"raw": {"layers": [1], "neurons": [3, 39]}}, test=None)
+    raw = table_of(tmp_path, "activations", "all").to_pandas()
+    assert set(raw["layer"]) == {1}
+    assert set(raw["neuron"]) == {3, 39}
+    assert len(raw) == 120 * 2
+
+
+def test_run__counts_correct_answers_only_where_asked(place, tmp_path):
+    run(place, tmp_path, data={"only_correct": True}, test=None)
+    receipts = Store(str(tmp_path)).receipts("commits")
+    kept, planned = (sum(receipt[key] for receipt in receipts) for key in ("n_kept", "n_samples"))
+    assert kept < planned == 120
+    n = table_of(tmp_path, "moments", "all").to_pandas().drop_duplicates("concept")["n"].sum()
+    assert n == kept
+
+
+@pytest.mark.parametrize("architecture", ["bert", "distilbert", "roberta"])
+def test_run__evaluates_a_classifier_by_its_head(place, tmp_path, architecture):
+    save_tiny(tmp_path / "model", architecture, head="classifier")
+    summary = run(
+        place,
+        tmp_path / "store",
+        model={"id": str(tmp_path / "model")},
+        data={"prompt": "{text}", "answers": None},
+        collect={"unit": "mean"},
+    )
+    base = [row for row in summary.erasure if row["condition"] == "base"]
+    assert sum(row["n_target"] for row in base) == 30
+    assert all(row["perplexity"] is None and row["target_accuracy"] is not None for row in base)
+
+
+def test_run__gives_a_plain_language_model_its_perplexity(place, tmp_path):
+    summary = run(place, tmp_path, data={"answers": None})
+    assert all(row["target_accuracy"] is None and row["perplexity"] > 1 for row in summary.erasure)
+
+
+def test_run__refuses_test_texts_of_an_unknown_concept(place, tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text(json.dumps({"text": "so glad", "label": "pride"}) + "\n")
+    with pytest.raises(UsageError, match="concept 'pride'"):
+        run(place, tmp_path / "store", test={"source": str(path)})
+
+
+def test_run__preset_paper_reads_the_last_residual_stream(place, tmp_path):
+    paper = parse_recipe(
+        {
+            "preset": "paper",
+            "model": {"id": str(place / "model")},
+            "data": {"source": str(place / "train.jsonl"), "prompt": "{text}<sep>", "answers": ANSWERS},
+        }
+    )
+    summary = driver.run(paper, name="paper", store_root=str(tmp_path))
+    table = RangeTable.load(str(tmp_path / "ranges" / summary.range_table))
+    assert (table.hook_points, table.layers) == (("resid_post",), (1,))
+    assert table.rows.num_rows == 3 * int(0.3 * 16)
+
+
+def test_run__puts_the_store_under_the_working_folder_by_default(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    summary = driver.run(recipe(place, test=None), name="mine")
+    assert os.path.relpath(summary.store, tmp_path).startswith("neuronlens-runs/mine-")
