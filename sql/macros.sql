@@ -13,32 +13,10 @@ create or replace macro normal_tail(t) as  -- P(X > t) for t >= 0
                 + 296.564248779674e0) * t + 637.333633378831e0) * t + 793.826512519948e0) * t + 440.413735824752e0)
         else exp(-t * t / 2) / (t + 1 / (t + 2 / (t + 3 / (t + 4 / (t + 0.65e0))))) / 2.506628274631e0
     end;
-create or replace macro normal_cdf(x) as case when x > 0 then 1 - normal_tail(x) else normal_tail(-x) end;
+create or replace macro normal_cdf(x) as if(x > 0, 1 - normal_tail(abs(x)), normal_tail(abs(x)));
 create or replace macro erf(x) as 2 * normal_cdf(x * sqrt(2e0)) - 1;
 
--- Overlapping coefficient of two Gaussians, the integral of the smaller density, in the unit of the narrower one:
--- densities N(0, 1) and N(gap, ratio), gap >= 0, ratio >= 1. They cross at two points; the narrower is above between them.
-create or replace macro crossing_root(gap, ratio) as ratio * sqrt(gap * gap + 2 * (ratio * ratio - 1) * ln(ratio));
-create or replace macro lower_crossing(gap, ratio) as  -- -infinity for equal widths
-    -(gap + crossing_root(gap, ratio)) / (ratio * ratio - 1);
-create or replace macro upper_crossing(gap, ratio) as
-    (gap * gap + 2 * ratio * ratio * ln(ratio)) / (gap + crossing_root(gap, ratio));
-create or replace macro unit_gaussian_ovl(gap, ratio) as
-    case
-        when gap = 0 and ratio = 1 then 1e0
-        else normal_cdf(lower_crossing(gap, ratio)) + normal_cdf(-upper_crossing(gap, ratio))
-            + normal_cdf((upper_crossing(gap, ratio) - gap) / ratio) - normal_cdf((lower_crossing(gap, ratio) - gap) / ratio)
-    end;
-
--- A std of 0 is a point: it overlaps the same point wholly (1), and anything else not at all (0). NULL in, NULL out.
-create or replace macro gaussian_ovl(mean_a, std_a, mean_b, std_b) as
-    case
-        when mean_a is null or mean_b is null or std_a is null or std_b is null then null
-        when std_a = 0 and std_b = 0 then (mean_a = mean_b)::double
-        when std_a = 0 or std_b = 0 then 0e0
-        else least(1e0, greatest(0e0, unit_gaussian_ovl(
-            abs(mean_a - mean_b) / least(std_a, std_b), greatest(std_a, std_b) / least(std_a, std_b))))
-    end;
+-- Bhattacharyya coefficient of two Gaussians. A std of 0 is a point: two equal points give 1, any other two things 0.
 create or replace macro bhattacharyya(mean_a, std_a, mean_b, std_b) as
     case
         when std_a = 0 and std_b = 0 then (mean_a = mean_b)::double
@@ -67,3 +45,10 @@ create or replace macro bin_edge(k) as  -- lower edge of bin k, k from 1 to 209
 create or replace macro bin_lower(bin) as
     case when bin <= -208 then '-infinity'::double when bin > 0 then bin_edge(bin) else -bin_edge(1 - bin) end;
 create or replace macro bin_upper(bin) as -bin_lower(-bin);
+
+-- How much of the bin [bottom, top] lies inside [lower, upper]: a share of its length, or 1 or 0 for a bin without length.
+create or replace macro part_inside(bottom, top, lower, upper) as
+    case
+        when top > bottom then greatest(0e0, least(top, upper) - greatest(bottom, lower)) / (top - bottom)
+        else (bottom between lower and upper)::double
+    end;

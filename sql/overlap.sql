@@ -29,10 +29,10 @@ counts as materialized (
 total as materialized (
     select neuron, block, sum(columns('^n(\d)$')) as 't\1' from counts group by all
 ),
--- NULL where a concept has no value in the bin.
 shares as materialized (
     select neuron, block, bin, bin_lower(bin) as bottom, bin_upper(bin) as top,
-        n0 / t0 as p0, n1 / t1 as p1, n2 / t2 as p2, n3 / t3 as p3, n4 / t4 as p4, n5 / t5 as p5, n6 / t6 as p6, n7 / t7 as p7
+        coalesce(n0 / t0, 0) as p0, coalesce(n1 / t1, 0) as p1, coalesce(n2 / t2, 0) as p2, coalesce(n3 / t3, 0) as p3,
+        coalesce(n4 / t4, 0) as p4, coalesce(n5 / t5, 0) as p5, coalesce(n6 / t6, 0) as p6, coalesce(n7 / t7, 0) as p7
     from counts join total using (neuron, block)
 ),
 has_histogram as (
@@ -40,7 +40,7 @@ has_histogram as (
     from (
         select neuron, block, unnest([t0, t1, t2, t3, t4, t5, t6, t7]) as total, unnest([0, 1, 2, 3, 4, 5, 6, 7]) as slot from total
     )
-    where total is not null
+    where total > 0
 ),
 one_concept as (
     select neuron, bin, block * 8 + slot as code, share
@@ -48,11 +48,95 @@ one_concept as (
         select neuron, bin, block, unnest([p0, p1, p2, p3, p4, p5, p6, p7]) as share, unnest([0, 1, 2, 3, 4, 5, 6, 7]) as slot
         from shares
     )
-    where share is not null
+    where share > 0
 ),
-shared as (  -- the sum of the smaller shares, of concept `code` with the 8 of `block`
-    select a.neuron, a.code, b.block, sum(least(a.share, coalesce(columns(b.* like 'p_'), 0)))
-    from one_concept a join shares b on a.neuron = b.neuron and a.bin = b.bin and a.code // 8 <= b.block
+-- The sum of the smaller shares, of concept `code` with each of the 8 of `block`.
+shared_block as (
+    select a.neuron, a.code, b.block, sum(least(a.share, columns('^p(\d)$'))) as 'm\1'
+    from one_concept a join shares b on a.neuron = b.neuron and a.bin = b.bin and b.block >= a.code // 8
     group by all
+),
+shared as (
+    select neuron, code, block * 8 + slot as other, mass
+    from (
+        select neuron, code, block, unnest([m0, m1, m2, m3, m4, m5, m6, m7]) as mass, unnest([0, 1, 2, 3, 4, 5, 6, 7]) as slot
+        from shared_block
+    )
+    where block * 8 + slot > code
+),
+-- What lies inside the range of concept `code`: whole bins first, 8 concepts at once, then the bins that the range cuts.
+whole_block as (
+    select a.neuron, a.code, b.block, sum(columns('^p(\d)$')) as 'm\1'
+    from concept_range a join shares b on a.neuron = b.neuron and b.bottom >= a.lower and b.top <= a.upper
+    group by all
+),
+whole as (
+    select neuron, code, block, unnest([m0, m1, m2, m3, m4, m5, m6, m7]) as mass, unnest([0, 1, 2, 3, 4, 5, 6, 7]) as slot
+    from whole_block
+),
+cut as (
+    select a.neuron, a.code, a.lower, a.upper, b.block, b.bottom, b.top,
+        unnest([p0, p1, p2, p3, p4, p5, p6, p7]) as share, unnest([0, 1, 2, 3, 4, 5, 6, 7]) as slot
+    from concept_range a join shares b on a.neuron = b.neuron
+        and b.bottom <= a.upper and b.top >= a.lower and not (b.bottom >= a.lower and b.top <= a.upper)
+),
+cut_mass as (
+    select c.neuron, c.code, b.code as other,
+        c.share * part_inside(greatest(c.bottom, b.min), least(c.top, b.max), c.lower, c.upper) as mass
+    from cut c join concept_range b on c.neuron = b.neuron and c.block * 8 + c.slot = b.code
+    where c.share > 0
+),
+inside as (
+    select neuron, code, other, least(1, sum(mass)) as mass
+    from (
+        select neuron, code, block * 8 + slot as other, mass from whole where mass > 0
+        union all
+        select neuron, code, other, mass from cut_mass
+    )
+    group by all
+),
+concept as (
+    select r.*, h.code is not null as has_histogram from concept_range r left join has_histogram h using (neuron, code)
+),
+-- In the unit of the narrower Gaussian and from its mean, the other one is N(gap, ratio), gap >= 0, ratio >= 1. Their densities
+-- cross at two points (the far one at -infinity for equal widths), and the narrower is the larger between them. The steps are
+-- columns, because a formula inside a formula is worked out again at every place where it stands.
+pair as (
+    select a.neuron, a.code as code_a, b.code as code_b, a.concept as concept_a, b.concept as concept_b,
+        if(a.has_histogram and b.has_histogram, coalesce(shared.mass, 0), null) as ovl,
+        bhattacharyya(a.mean, a.std, b.mean, b.std) as bhattacharyya,
+        range_jaccard(a.lower, a.upper, b.lower, b.upper) as range_jaccard,
+        a.lower is not null and b.has_histogram as can_be_in_a,
+        b.lower is not null and a.has_histogram as can_be_in_b,
+        case when a.std = 0 or b.std = 0 then (a.std = b.std and a.mean = b.mean)::double end as ovl_of_points,
+        abs(a.mean - b.mean) / least(a.std, b.std) as gap,
+        greatest(a.std, b.std) / least(a.std, b.std) as ratio
+    from concept a
+    join concept b on a.neuron = b.neuron and a.code < b.code
+    left join shared on shared.neuron = a.neuron and shared.code = a.code and shared.other = b.code
+),
+crossing_root as (
+    select *, ratio * sqrt(gap * gap + 2 * (ratio * ratio - 1) * ln(ratio)) as root from pair
+),
+crossing as (
+    select *, -(gap + root) / (ratio * ratio - 1) as x1, (gap * gap + 2 * ratio * ratio * ln(ratio)) / (gap + root) as x2
+    from crossing_root
+),
+crossing_seen_by_both as (
+    select *, (x1 - gap) / ratio as z1, (x2 - gap) / ratio as z2 from crossing
 )
-from shared limit 1
+select $layer::smallint as layer, $hook_point::varchar as hook_point, p.neuron, p.concept_a, p.concept_b, $tau::float as tau,
+    p.ovl::float as ovl,
+    case
+        when p.ovl_of_points is not null then p.ovl_of_points
+        when p.gap = 0 and p.ratio = 1 then 1
+        when p.gap is not null then least(1, greatest(0, normal_cdf(x1) + normal_cdf(z2) - normal_cdf(z1) + 1 - normal_cdf(x2)))
+    end::float as ovl_gaussian,
+    p.bhattacharyya::float as bhattacharyya,
+    p.range_jaccard::float as range_jaccard,
+    if(p.can_be_in_a, coalesce(in_a.mass, 0), null)::float as b_in_a,
+    if(p.can_be_in_b, coalesce(in_b.mass, 0), null)::float as a_in_b
+from crossing_seen_by_both p
+left join inside in_a on in_a.neuron = p.neuron and in_a.code = p.code_a and in_a.other = p.code_b
+left join inside in_b on in_b.neuron = p.neuron and in_b.code = p.code_b and in_b.other = p.code_a
+order by p.neuron, p.concept_a, p.concept_b;

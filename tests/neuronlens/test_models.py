@@ -430,3 +430,10 @@ def test_tokenizer_hash__is_of_what_decides_the_ids() -> None:
     grown = tiny_tokenizer()
     grown.add_tokens(["<more>"])
     assert tokenizer_hash(grown) != before
+
+
+def test_loaded_model__computes_a_fused_activation_that_is_the_same_function():
+    plain, loaded = tiny_model("gpt2"), LoadedModel.of(tiny_model("gpt2"), tiny_tokenizer())
+    ids_BT = torch.arange(10, 30).reshape(2, 10)
+    assert type(plain.transformer.h[0].mlp.act) is not type(loaded.module.transformer.h[0].mlp.act)
+    torch.testing.assert_close(loaded.module(input_ids=ids_BT).logits, plain(input_ids=ids_BT).logits)

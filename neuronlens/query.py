@@ -1,0 +1,170 @@
+"""A store as SQL: DuckDB over the files that the receipts name, and the queries of the sql/ folder.
+
+    con = connect({"moments": [...], "overlap": [...]}, memory_limit="4GB", threads=2)
+    con.sql("select * from moments where layer = 3 and neuron = 7")
+    table = run_file(con, "gaussianity")
+    n_rows = run_to_parquet(con, "merge", "moments/mlp_post.003.parquet", hook_point="mlp_post", layer=3)
+
+Every query is a file that opens with the question it answers and also runs in the plain DuckDB shell, where
+`set variable layer = 3` gives it a parameter. DuckDB's errors come through as `Error`, with DuckDB's own message.
+"""
+
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from neuronlens.errors import UsageError
+
+Error = duckdb.Error
+KINDS = ("plan", "samples", "partials", "histograms", "raw", "commits", "moments", "overlap", "salience", "ranges")
+"""The kinds of file that a store holds. Each has a view `KIND_files`, empty where it has none: sql/schema.sql."""
+
+_SETUP = ("macros", "schema", "views")
+_COMMIT_COLUMNS = {
+    "shard": "VARCHAR",
+    "attempt": "VARCHAR",
+    "n_truncated": "BIGINT",
+    "n_nonfinite": "BIGINT",
+    "seconds": "STRUCT(total DOUBLE)",
+    "finished_at": "VARCHAR",
+}
+_OPTIONS = "format parquet, parquet_version v2, compression zstd, compression_level 3, row_group_size 131072"
+"""Version 2 writes floats as byte stream split where a dictionary does not pay."""
+
+
+def connect(
+    files: Mapping[str, Sequence[str]] | None = None,
+    *,
+    fs: Any = None,
+    memory_limit: str | None = None,
+    threads: int | None = None,
+    temp_directory: str | None = None,
+) -> duckdb.DuckDBPyConnection:
+    """A connection with views over a store: samples, shards, partials, histograms, activations, moments, overlap,
+    salience and ranges.
+
+    `files` gives the paths or URLs of each kind (see KINDS), as the receipts name them; a kind left out or empty gives
+    a view with its columns and no rows. `fs` is the fsspec filesystem of a store that is not local. `memory_limit` is
+    DuckDB's, as in "4GB"; beyond it, a query spills below `temp_directory` (by default the system's), where the
+    connection keeps a directory of its own until it is closed. Nothing is ever downloaded, no extension either.
+
+    The views belong to the connection's catalog, so `con.cursor()` sees them too: take one cursor a thread.
+
+    Raises UsageError for an unknown kind, duckdb.Error for a file that cannot be read.
+    """
+    spill = Path(temp_directory or tempfile.gettempdir())
+    spill.mkdir(parents=True, exist_ok=True)
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "temp_directory": str(spill / f"neuronlens-sql-{uuid.uuid4().hex[:12]}"),
+        "preserve_insertion_order": False,
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+    if memory_limit is not None:
+        config["memory_limit"] = memory_limit
+    if threads is not None:
+        config["threads"] = threads
+    con = duckdb.connect(config=config)
+    if fs is not None and not _is_local(fs):
+        con.register_filesystem(fs)
+    for name in _SETUP:
+        con.execute(read(name))
+    for kind, paths in (files or {}).items():
+        attach(con, kind, paths, fs=fs)
+    return con
+
+
+def attach(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], *, fs: Any = None) -> None:
+    """Let the view of `kind` read `paths` from now on; no paths leaves it as it is.
+
+    So that a stage can read what the stage before it wrote, without another connection. Raises as `connect` does.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"A store has no files of kind {kind!r}. Kinds: {', '.join(KINDS)}.")
+    if not paths:
+        return
+    urls = [_url(path, fs) for path in paths]
+    if kind == "commits":
+        relation = con.read_json(urls, columns=_COMMIT_COLUMNS, format="auto")  # type: ignore[arg-type]
+    else:
+        relation = con.read_parquet(urls, hive_partitioning=kind == "raw")
+    relation.create_view(f"{kind}_files", replace=True)
+    con.execute(read("views"))
+
+
+def run_file(con: duckdb.DuckDBPyConnection, name: str, **params: Any) -> pa.Table:
+    """The rows of sql/<name>.sql as an Arrow table. `params` are the $names in the file, all of them.
+
+    Raises UsageError for an unknown query and for a missing or unknown parameter, duckdb.Error for what DuckDB refuses.
+    """
+    return con.sql(_checked(name, params), params=params).to_arrow_table()
+
+
+def run_to_parquet(con: duckdb.DuckDBPyConnection, name: str, path: str, **params: Any) -> int:
+    """Stream the rows of sql/<name>.sql into one Parquet file at `path` (or URL), zstd-compressed; returns how many.
+
+    The rows are not held in memory at once, and keep the query's order. Raises as `run_file` does.
+    """
+    # `path` is a parameter too, so that no quoting is needed: no query may call one of its own `target_path`.
+    text = f"copy (\n{_checked(name, params)}\n) to $target_path ({_OPTIONS})"
+    row = con.execute(text, {**params, "target_path": path}).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def questions() -> dict[str, str]:
+    """Every query that `run_file` runs, with the question that its file opens with."""
+    names = sorted(path.stem for path in sql_folder().glob("*.sql") if path.stem not in _SETUP)
+    return {name: read(name).partition("\n")[0].removeprefix("-- ") for name in names}
+
+
+@cache
+def read(name: str) -> str:
+    """The text of sql/<name>.sql. Raises UsageError, with the names there are, for an unknown one."""
+    path = sql_folder() / f"{name}.sql"
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in sql_folder().glob("*.sql")))
+        raise UsageError(f"There is no query named {name!r}. Queries: {known}.")
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def sql_folder() -> Path:
+    """Where the queries lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "sql", package.parent / "sql"):
+        if (folder / "views.sql").is_file():
+            return folder
+    raise UsageError(f"No queries found in {package / 'sql'} or {package.parent / 'sql'}. Install neuronlens again.")
+
+
+def _checked(name: str, params: Mapping[str, object]) -> str:
+    """The one statement of the file, once its parameters and `params` are known to be the same."""
+    statements = duckdb.extract_statements(read(name))
+    if len(statements) != 1:
+        raise UsageError(
+            f"sql/{name}.sql holds {len(statements)} statements. Only a file with one query can be run so."
+        )
+    wanted = set(statements[0].named_parameters)
+    if wanted != set(params):
+        given = ", ".join(sorted(params)) or "none"
+        raise UsageError(f"Query {name!r} takes the parameters {', '.join(sorted(wanted)) or 'none'}; given: {given}.")
+    return statements[0].query.strip().removesuffix(";")
+
+
+def _url(path: str, fs: Any) -> str:
+    """DuckDB finds a registered filesystem by the protocol, so a bare path of a remote filesystem gets its own."""
+    if fs is None or _is_local(fs) or "://" in str(path):
+        return str(path)
+    return str(fs.unstrip_protocol(path))
+
+
+def _is_local(fs: Any) -> bool:
+    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+    return "file" in protocols

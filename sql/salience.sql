@@ -1,0 +1,56 @@
+-- Which neurons matter most to a concept? Three answers, in long form.
+-- in: moments, overlap (may be empty: then there is no `selectivity`), $hook_point, $layer
+-- out: layer, hook_point, neuron, concept, method, score, rank (1 = most salient within method and concept; ties by neuron)
+-- mean_abs     mean |x| over the concept's samples (Haider et al. 2026).
+-- cohens_d     |mean - mean of the rest| / pooled std, the rest being all other concepts together (Cohen 1988). Where nothing
+--              varies it is 0 for equal values and infinity for different ones.
+-- selectivity  1 - the mean overlap with the other concepts: histogram overlap, Gaussian where there is no histogram.
+-- A score that cannot be computed (a concept without values, no other concept) is NULL and ranks last.
+with moment as (
+    -- A centre near all concepts, so that the squares below do not lose their digits to a large common mean.
+    select neuron, concept, n, mean, std, mean_abs, min, max, sum(n * mean) over (partition by neuron) / sum(n) over (partition by neuron) as centre
+    from moments
+    where hook_point = $hook_point and layer = $layer
+),
+rest as (
+    select neuron, concept, n, mean, std, min, max, centre,
+        sum(n) over others as n_rest,
+        sum(n * (mean - centre)) over others / n_rest as shift,  -- mean of the rest, from the centre
+        sum(n * (std * std + (mean - centre) * (mean - centre))) over others as s2,
+        min(min) over others as min_rest, max(max) over others as max_rest
+    from moment
+    window others as (
+        partition by neuron rows between unbounded preceding and unbounded following exclude current row
+    )
+),
+deviation as (
+    -- A range of no width has no spread, exactly; a difference of sums would leave a rounding error in its place.
+    select neuron, concept,
+        if(min = max and min_rest = max_rest, abs(min::double - min_rest), abs(mean - centre - shift)) as distance,
+        sqrt((n * std * std + if(min_rest = max_rest, 0, greatest(0, s2 - n_rest * shift * shift))) / nullif(n + n_rest - 2, 0)) as pooled_std
+    from rest
+    where n_rest > 0 and n > 0
+),
+pair_overlap as (
+    select neuron, concept_a, concept_b, coalesce(ovl, ovl_gaussian)::double as shared
+    from overlap
+    where hook_point = $hook_point and layer = $layer
+),
+score as (
+    select neuron, concept, 'mean_abs' as method, mean_abs as score from moment
+    union all
+    select neuron, concept, 'cohens_d', if(d.distance = 0, 0, d.distance / d.pooled_std)
+    from moment m left join deviation d using (neuron, concept)
+    union all
+    select neuron, concept, 'selectivity', 1 - avg(shared)
+    from (
+        select neuron, concept_a as concept, shared from pair_overlap
+        union all
+        select neuron, concept_b, shared from pair_overlap
+    )
+    group by neuron, concept
+)
+select $layer::smallint as layer, $hook_point::varchar as hook_point, neuron, concept, method, score,
+    row_number() over (partition by method, concept order by score desc nulls last, neuron)::integer as rank
+from score
+order by method, concept, rank;

@@ -1,0 +1,147 @@
+"""The command line as a person and a script meet it: exit codes, streams, JSON."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tests.tiny_models import SENTENCES, save_tiny
+
+ANSWERS = {"joy": "<joy>", "anger": "<anger>"}
+
+
+def neuronlens(*args: str, cwd=None, binary: bool = False) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "neuronlens", *args], cwd=cwd, capture_output=True, text=not binary, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny(folder / "model", "gpt2")
+    words = " ".join(SENTENCES).split()
+    rows = [{"text": " ".join(words[i : i + 6]), "label": ("joy", "anger")[i % 2]} for i in range(40)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "model": {"id": "model"},
+        "data": {"source": "texts.jsonl", "prompt": "{text}<sep>", "answers": ANSWERS},
+        "test": {"source": "texts.jsonl"},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    done = neuronlens("run", "recipe.yaml", "--store", "store", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_run__prints_one_json_object_last_and_the_rest_on_stderr(finished, folder):
+    summary = json.loads(finished.stdout)
+    assert summary["store"] == str(folder / "store")
+    assert (summary["n_samples"], summary["range_table"][:4]) == (40, "tbl_")
+    assert set(summary["stages"]) == {"plan", "collect", "statistics", "ranges", "evaluate"}
+    assert summary["seconds"] > 0
+    for word in ("collect", "range table", "whole neuron"):
+        assert word in finished.stderr
+
+
+def test_plan__runs_nothing(folder):
+    done = neuronlens("plan", "recipe.yaml", "--json", cwd=folder)
+    numbers = json.loads(done.stdout)
+    assert (numbers["shards"], numbers["samples"], numbers["neurons"]) == (2, 40, 80)
+    assert numbers["disk_bytes"]["total"] == sum(v for k, v in numbers["disk_bytes"].items() if k != "total")
+    assert not (folder / "neuronlens-runs").exists()
+
+
+@pytest.mark.usefixtures("finished")
+class TestStore:
+    def test_sql__answers_in_every_format(self, folder):
+        query = "select concept, count(*) as n from moments group by concept order by concept"
+        table = neuronlens("sql", "store", query, cwd=folder)
+        assert "anger" in table.stdout
+        csv = neuronlens("sql", "store", query, "--format", "csv", cwd=folder)
+        assert csv.stdout.splitlines() == ["concept,n", "anger,80", "joy,80"]
+        rows = json.loads(neuronlens("sql", "store", query, "--format", "json", cwd=folder).stdout)
+        assert rows == [{"concept": "anger", "n": 80}, {"concept": "joy", "n": 80}]
+        parquet = neuronlens("sql", "store", query, "--format", "parquet", cwd=folder, binary=True)
+        (folder / "answer.parquet").write_bytes(parquet.stdout)
+        assert pq.read_table(folder / "answer.parquet").to_pylist() == rows
+
+    def test_sql__lists_the_ready_questions_and_runs_one_by_name(self, folder):
+        listed = neuronlens("sql", "store", cwd=folder)
+        assert "gaussianity" in listed.stdout
+        answered = neuronlens("sql", "store", "gaussianity", "--format", "csv", cwd=folder)
+        assert answered.returncode == 0, answered.stderr
+        assert len(answered.stdout.splitlines()) > 1
+
+    def test_sql__says_what_duckdb_says_in_a_sentence(self, folder):
+        done = neuronlens("sql", "store", "select nonsense from moments", cwd=folder)
+        assert done.returncode == 2
+        assert "nonsense" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_ranges__makes_another_table(self, folder):
+        done = neuronlens("ranges", "store", "--tau", "1", "--top-fraction", "0.5", "--json", cwd=folder)
+        made = json.loads(done.stdout)
+        assert made["rows"] == 2 * 2 * 20
+        again = neuronlens("ranges", "store", "--tau", "1", "--top-fraction", "0.5", "--json", cwd=folder)
+        assert json.loads(again.stdout) == made
+
+    def test_evaluate__asks_which_table_where_there_are_several(self, folder):
+        made = json.loads(neuronlens("ranges", "store", "--tau", "3", "--json", cwd=folder).stdout)
+        asked = neuronlens("evaluate", "store", "--json", cwd=folder)
+        assert asked.returncode == 2
+        assert made["range_table"] in asked.stderr
+        done = neuronlens("evaluate", "store", "--table", made["range_table"], "--json", cwd=folder)
+        rows = json.loads(done.stdout)["rows"]
+        assert [row["condition"] for row in rows] == ["base", "neuron", "range"] * 2
+        wanted = {"target_accuracy", "target_confidence", "complement_accuracy", "complement_confidence", "perplexity"}
+        assert wanted | {"concept", "n_target", "n_complement", "tested", "changed"} <= set(rows[0])
+
+    def test_verify__exits_with_1_where_a_byte_was_changed(self, folder, tmp_path):
+        assert json.loads(neuronlens("verify", "store", "--json", cwd=folder).stdout) == {"ok": True, "faults": []}
+        subprocess.run(["cp", "-r", str(folder / "store"), str(tmp_path / "copy")], check=True)
+        victim = next((tmp_path / "copy" / "partials").iterdir())
+        damaged = bytearray(victim.read_bytes())
+        damaged[50] ^= 1
+        victim.write_bytes(damaged)
+        done = neuronlens("verify", str(tmp_path / "copy"), "--json")
+        assert done.returncode == 1
+        assert victim.name in json.loads(done.stdout.splitlines()[-1])["faults"][0]
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("run", "absent.yaml"), "There is no recipe at absent.yaml"),
+        (("run", "recipe.yaml", "--set", "ranges.tua=1"), "Did you mean tau?"),
+        (("run", "recipe.yaml", "--set", "collect.layers=[9]"), "9"),
+        (("plan", "recipe.yaml", "--set", "data.concept=emotion"), "does not have. It has: text, label"),
+        (("verify", "nowhere"), "There is no store"),
+        (("ranges", "nowhere", "--tau", "1"), "There is no store"),
+    ],
+)
+def test_cli__gives_a_mistake_one_sentence_and_exit_code_2(folder, args, expected):
+    done = neuronlens(*args, cwd=folder)
+    assert done.returncode == 2
+    assert expected in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_ranges__refuses_a_tau_that_cannot_be(finished, folder):
+    done = neuronlens("ranges", "store", "--tau", "-1", cwd=folder)
+    assert done.returncode == 2
+    assert "tau is -1" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "plan", "sql", "ranges", "evaluate", "verify"])
+def test_cli__every_command_has_help_with_an_example(command):
+    done = neuronlens(command, "--help")
+    assert done.returncode == 0
+    assert f"neuronlens {command}" in done.stdout
