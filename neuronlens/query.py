@@ -74,7 +74,7 @@ def connect(
     if fs is not None and not _is_local(fs):
         con.register_filesystem(fs)
     for name in _SETUP:
-        con.execute(read(name))
+        con.execute(read_query(name))
     for kind, paths in (files or {}).items():
         attach(con, kind, paths, fs=fs)
     return con
@@ -93,9 +93,9 @@ def attach(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], *, f
     if kind == "commits":
         relation = con.read_json(urls, columns=_COMMIT_COLUMNS, format="auto")  # type: ignore[arg-type]
     else:
-        relation = con.read_parquet(urls, hive_partitioning=kind == "raw")
+        relation = con.read_parquet(urls, hive_partitioning=kind == "raw", filename=kind == "ranges")
     relation.create_view(f"{kind}_files", replace=True)
-    con.execute(read("views"))
+    con.execute(read_query("views"))
 
 
 def run_file(con: duckdb.DuckDBPyConnection, name: str, **params: Any) -> pa.Table:
@@ -121,11 +121,11 @@ def run_to_parquet(con: duckdb.DuckDBPyConnection, name: str, path: str, **param
 def questions() -> dict[str, str]:
     """Every query that `run_file` runs, with the question that its file opens with."""
     names = sorted(path.stem for path in sql_folder().glob("*.sql") if path.stem not in _SETUP)
-    return {name: read(name).partition("\n")[0].removeprefix("-- ") for name in names}
+    return {name: read_query(name).partition("\n")[0].removeprefix("-- ") for name in names}
 
 
 @cache
-def read(name: str) -> str:
+def read_query(name: str) -> str:
     """The text of sql/<name>.sql. Raises UsageError, with the names there are, for an unknown one."""
     path = sql_folder() / f"{name}.sql"
     if not path.is_file():
@@ -146,7 +146,7 @@ def sql_folder() -> Path:
 
 def _checked(name: str, params: Mapping[str, object]) -> str:
     """The one statement of the file, once its parameters and `params` are known to be the same."""
-    statements = duckdb.extract_statements(read(name))
+    statements = duckdb.extract_statements(read_query(name))
     if len(statements) != 1:
         raise UsageError(
             f"sql/{name}.sql holds {len(statements)} statements. Only a file with one query can be run so."

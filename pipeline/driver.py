@@ -6,6 +6,7 @@ stopped.
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from pipeline.erasure import evaluate_table
 from pipeline.plan import Plan, Shard, check_room, freeze, make_plan
 from pipeline.pool import Failure, Pool
 from pipeline.statistics import compute_statistics, layers_of
-from pipeline.workers import Layout, WorkerSpec, actor_factory, choose_layout
+from pipeline.workers import Layout, Spares, WorkerSpec, actor_factory, choose_layout
 
 DEFAULT_FOLDER = "neuronlens-runs"
 
@@ -77,6 +78,7 @@ def run(recipe: Recipe, *, name: str, store_root: str | None = None, reporter: R
     """
     reporter = reporter or Silent()
     summary, started = Summary(), time.perf_counter()
+    spares = Spares(recipe.compute)
     with summary.timed("plan"), reporter.stage("plan", 1, "plan") as advance:
         plan = make_plan(recipe, device_type=_device_type(recipe))
         store = Store(store_root or f"{DEFAULT_FOLDER}/{name}-{plan.store_hash[:12]}")
@@ -91,7 +93,8 @@ def run(recipe: Recipe, *, name: str, store_root: str | None = None, reporter: R
         reporter.say(f"{n_truncated:,} texts are longer than the model's window and were cut.")
     reporter.say(plan.estimate.raw_note)
     with summary.timed("collect"):
-        collect(recipe, plan, store, shards, reporter)
+        collect(recipe, plan, store, shards, reporter, spares)
+        spares.dismiss()
     with (
         summary.timed("statistics"),
         reporter.stage("statistics", len(layers_of(plan.description)), "layers") as advance,
@@ -114,7 +117,14 @@ def run(recipe: Recipe, *, name: str, store_root: str | None = None, reporter: R
     return summary
 
 
-def collect(recipe: Recipe, plan: Plan, store: Store, shards: tuple[Shard, ...], reporter: Reporter) -> None:
+def collect(
+    recipe: Recipe,
+    plan: Plan,
+    store: Store,
+    shards: tuple[Shard, ...],
+    reporter: Reporter,
+    spares: Spares | None = None,
+) -> None:
     """Run the shards that no receipt names yet, longest first."""
     committed = set(store.names("commits"))
     todo = sorted(
@@ -137,7 +147,7 @@ def collect(recipe: Recipe, plan: Plan, store: Store, shards: tuple[Shard, ...],
     reporter.say(f"collecting with {_layout_text(layout)}")
     with (
         reporter.stage("collect", sum(shard.n_tokens for shard in todo), "tokens") as advance,
-        Pool(make_actor=actor_factory(spec), size=layout.n_workers) as pool,
+        Pool(make_actor=actor_factory(spec, spares), size=layout.n_workers) as pool,
     ):
         failures = pool.run(
             todo,
@@ -154,6 +164,7 @@ def ray_session(n_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    threading.Thread(target=_import_libraries, daemon=True).start()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level="ERROR", log_to_driver=False)
@@ -165,6 +176,12 @@ def ray_session(n_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _import_libraries() -> None:
+    """Ray needs seconds to start its processes, in which this one waits: time enough to import what the plan needs."""
+    import datasets  # noqa: F401
+    import transformers.modeling_utils  # noqa: F401
 
 
 def _device_type(recipe: Recipe) -> str:
@@ -190,6 +207,6 @@ def _quarantined(failures: list[Failure[Shard]], n_shards: int) -> str:
     return (
         f"{len(failures)} of {n_shards} shards failed and are quarantined; the others are committed.\n  "
         + "\n  ".join(lines)
-        + '\n  Their texts: neuronlens sql STORE "select sample, row, text from samples where shard = N". Mend the reason '
-        "and run the same command again."
+        + '\n  Their texts: neuronlens sql STORE "select sample, row, text from samples where shard = N". '
+        "Mend the reason and run the same command again."
     )

@@ -39,7 +39,7 @@ class _Try(Generic[Job]):
 
 @dataclass(slots=True)
 class Pool:
-    """`size` actors made by `make_actor`. Each does its heavy start in `ready`, so that its reason to fail comes back."""
+    """`size` actors made by `make_actor`, each with a method `ready` for its heavy start, which may fail."""
 
     make_actor: Callable[[], Any]
     size: int

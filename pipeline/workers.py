@@ -70,11 +70,12 @@ class WorkerSpec:
 class ModelWorker:
     """Holds the model; collects shards and evaluates cases, one at a time."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def configure(self, spec: WorkerSpec) -> None:
+        """What to load and to do. Must be called first."""
         self._spec = spec
 
     def ready(self) -> int:
-        """Load the model; the process id. Must be called first."""
+        """Load the model; the process id. Must be called second."""
         import torch
 
         model, layout = self._spec.model, self._spec.layout
@@ -104,18 +105,51 @@ class ModelWorker:
         )
 
 
-def actor_factory(spec: WorkerSpec) -> Callable[[], Any]:
-    """A function that starts one more worker on whatever node has room."""
-    layout = spec.layout
-    actor = ray.remote(ModelWorker).options(
+class Spares:
+    """CPU workers that import their libraries while the driver plans, so that nobody waits for them later.
+
+    Only where Ray runs on this machine alone and has no GPU: there it is known beforehand what a worker will be.
+    """
+
+    def __init__(self, compute: ComputeSection) -> None:
+        resources = ray.cluster_resources()
+        n_cores = int(resources.get("CPU", 1))
+        alone = len(ray.nodes()) == 1 and not resources.get("GPU")
+        fits = alone and compute.gpus_per_worker in ("auto", 0) and compute.workers in ("auto", n_cores)
+        layout = Layout(n_workers=n_cores, n_gpus=0, n_threads=1)
+        self._idle = [_actor_class(layout).remote() for _ in range(n_cores)] if fits else []
+
+    def take(self, layout: Layout) -> Any | None:
+        """One that fits the layout, or None."""
+        return self._idle.pop() if self._idle and layout.n_threads == 1 and not layout.n_gpus else None
+
+    def dismiss(self) -> None:
+        """End those that nobody took."""
+        while self._idle:
+            ray.kill(self._idle.pop())
+
+
+def actor_factory(spec: WorkerSpec, spares: Spares | None = None) -> Callable[[], Any]:
+    """A function that gives one more worker: a spare, or a new one on whatever node has room."""
+    spec_ref = ray.put(spec)
+
+    def make() -> Any:
+        spare = spares.take(spec.layout) if spares is not None else None
+        actor = spare or _actor_class(spec.layout).remote()
+        actor.configure.remote(spec_ref)
+        return actor
+
+    return make
+
+
+def _actor_class(layout: Layout) -> Any:
+    return ray.remote(ModelWorker).options(
         num_cpus=1 if layout.n_gpus else _cpu_share(layout),
         num_gpus=layout.n_gpus,
         max_restarts=0,
         max_task_retries=0,
         max_concurrency=1,
     )
-    spec_ref = ray.put(spec)
-    return lambda: actor.remote(spec_ref)
 
 
 def _cpu_share(layout: Layout) -> float:

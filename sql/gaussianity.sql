@@ -1,5 +1,6 @@
--- How close to a Gaussian are the values of a neuron under one concept, layer by layer? (A Gaussian has skewness 0, kurtosis 3.)
+-- How close to a Gaussian are the values of a neuron under one concept, layer by layer?
 -- in: moments      out: one row per hook point and layer, deepest last
+-- A Gaussian has skewness 0 and kurtosis 3. share_near_gaussian counts skewness in (-1, 1) with kurtosis in [2, 5].
 select hook_point, layer, count(*) as n_bumps,
     median(skewness) as median_skewness, median(abs(skewness)) as median_abs_skewness, median(kurtosis) as median_kurtosis,
     quantile_cont(kurtosis, 0.95) as p95_kurtosis, max(kurtosis) as max_kurtosis,

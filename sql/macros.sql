@@ -1,7 +1,8 @@
 -- Which formulas do the queries share? Run this file once per session, before overlap.sql or separable_pairs.sql.
 -- in: nothing      out: scalar macros
 
--- Cumulative distribution of the standard Gaussian, within 1e-15 (Hart 1968, algorithm 5666, as given by West 2005: DuckDB has no erf).
+-- Cumulative distribution of the standard Gaussian, within 3e-15: DuckDB has no erf (Hart 1968, algorithm 5666, as given by
+-- West 2005).
 create or replace macro normal_tail(t) as  -- P(X > t) for t >= 0
     case
         when t > 37 then 0e0

@@ -1,8 +1,9 @@
 -- What are the moments of every neuron under every concept, computed from the values themselves?
 -- in: activations(layer, hook_point, neuron, concept, value), $hook_point, $layer
 -- out: one row per neuron and concept, as table `moments` of docs/store-format.md; it must agree with merge.sql
--- Two passes: the mean, then sums of powers of the distance from it. Power sums around zero would lose everything at a mean of
--- 10,000 std. NaN and infinite values are counted in n_nonfinite and are in nothing else (DuckDB's own skewness() fails on one).
+-- Two passes: the mean, then sums of powers of the distance from it. Power sums around zero would lose everything at a mean
+-- of 10,000 std. NaN and infinite values are counted in n_nonfinite and are in nothing else (DuckDB's own skewness() fails on
+-- one).
 -- The second pass groups by one integer, not by (neuron, concept): a quarter faster.
 with value as not materialized (
     select neuron, concept, if(isfinite(value), value, null) as x

@@ -12,7 +12,9 @@ salient as (
     where s.method = $salience and s.score is not null and s.rank <= greatest(1, floor($top_fraction::double * w.width))
 ),
 neuron_concepts as (
-    select hook_point, layer, neuron, count(*) as n_concepts, list(concept order by concept) as concepts from salient group by all
+    select hook_point, layer, neuron, count(*) as n_concepts, list(concept order by concept) as concepts
+    from salient
+    group by all
 ),
 neuron_overlap as (
     select o.hook_point, o.layer, o.neuron, avg(coalesce(o.ovl, o.ovl_gaussian)) as mean_ovl

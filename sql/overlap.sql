@@ -2,7 +2,8 @@
 -- in: moments, histograms (may be empty), $hook_point, $layer, $tau; the macros of macros.sql
 -- out: one row per neuron and unordered pair of concepts, concept_a < concept_b, as table `overlap` of docs/store-format.md
 -- ovl is the overlapping coefficient, the sum over bins of the smaller share: 1 for the same distribution, 0 for disjoint ones
---     (Inman and Bradley 1989). ovl_gaussian and bhattacharyya take both for Gaussians: 1 - sqrt(1 - BC^2) <= ovl_gaussian <= BC.
+--     (Inman and Bradley 1989). ovl_gaussian and bhattacharyya (BC) take both for Gaussians:
+--     1 - sqrt(1 - BC^2) <= ovl_gaussian <= BC.
 -- b_in_a is the share of b's values inside mean_a +- tau * std_a, straight-line inside the bins that the range cuts; a bin
 --     reaches no further than b's own min and max.
 -- Without finite values of either concept (n = 0) every score is NULL; without a histogram, ovl, b_in_a and a_in_b are.
@@ -38,14 +39,14 @@ shares as materialized (
 has_histogram as (
     select neuron, block * 8 + slot as code
     from (
-        select neuron, block, unnest([t0, t1, t2, t3, t4, t5, t6, t7]) as total, unnest([0, 1, 2, 3, 4, 5, 6, 7]) as slot from total
+        select neuron, block, unnest([t0, t1, t2, t3, t4, t5, t6, t7]) as total, unnest(range(8)) as slot from total
     )
     where total > 0
 ),
 one_concept as (
     select neuron, bin, block * 8 + slot as code, share
     from (
-        select neuron, bin, block, unnest([p0, p1, p2, p3, p4, p5, p6, p7]) as share, unnest([0, 1, 2, 3, 4, 5, 6, 7]) as slot
+        select neuron, bin, block, unnest([p0, p1, p2, p3, p4, p5, p6, p7]) as share, unnest(range(8)) as slot
         from shares
     )
     where share > 0
@@ -59,7 +60,7 @@ shared_block as (
 shared as (
     select neuron, code, block * 8 + slot as other, mass
     from (
-        select neuron, code, block, unnest([m0, m1, m2, m3, m4, m5, m6, m7]) as mass, unnest([0, 1, 2, 3, 4, 5, 6, 7]) as slot
+        select neuron, code, block, unnest([m0, m1, m2, m3, m4, m5, m6, m7]) as mass, unnest(range(8)) as slot
         from shared_block
     )
     where block * 8 + slot > code
@@ -71,12 +72,12 @@ whole_block as (
     group by all
 ),
 whole as (
-    select neuron, code, block, unnest([m0, m1, m2, m3, m4, m5, m6, m7]) as mass, unnest([0, 1, 2, 3, 4, 5, 6, 7]) as slot
+    select neuron, code, block, unnest([m0, m1, m2, m3, m4, m5, m6, m7]) as mass, unnest(range(8)) as slot
     from whole_block
 ),
 cut as (
     select a.neuron, a.code, a.lower, a.upper, b.block, b.bottom, b.top,
-        unnest([p0, p1, p2, p3, p4, p5, p6, p7]) as share, unnest([0, 1, 2, 3, 4, 5, 6, 7]) as slot
+        unnest([p0, p1, p2, p3, p4, p5, p6, p7]) as share, unnest(range(8)) as slot
     from concept_range a join shares b on a.neuron = b.neuron
         and b.bottom <= a.upper and b.top >= a.lower and not (b.bottom >= a.lower and b.top <= a.upper)
 ),

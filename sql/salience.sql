@@ -8,9 +8,10 @@
 -- A score that cannot be computed (a concept without values, no other concept) is NULL and ranks last.
 with moment as (
     -- A centre near all concepts, so that the squares below do not lose their digits to a large common mean.
-    select neuron, concept, n, mean, std, mean_abs, min, max, sum(n * mean) over (partition by neuron) / sum(n) over (partition by neuron) as centre
+    select neuron, concept, n, mean, std, mean_abs, min, max, sum(n * mean) over here / sum(n) over here as centre
     from moments
     where hook_point = $hook_point and layer = $layer
+    window here as (partition by neuron)
 ),
 rest as (
     select neuron, concept, n, mean, std, min, max, centre,
@@ -27,7 +28,8 @@ deviation as (
     -- A range of no width has no spread, exactly; a difference of sums would leave a rounding error in its place.
     select neuron, concept,
         if(min = max and min_rest = max_rest, abs(min::double - min_rest), abs(mean - centre - shift)) as distance,
-        sqrt((n * std * std + if(min_rest = max_rest, 0, greatest(0, s2 - n_rest * shift * shift))) / nullif(n + n_rest - 2, 0)) as pooled_std
+        if(min_rest = max_rest, 0, greatest(0, s2 - n_rest * shift * shift)) as m2_rest,
+        sqrt((n * std * std + m2_rest) / nullif(n + n_rest - 2, 0)) as pooled_std
     from rest
     where n_rest > 0 and n > 0
 ),

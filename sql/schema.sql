@@ -6,6 +6,8 @@
 --     .read sql/schema.sql
 --     create or replace view moments_files as from 'STORE/moments/*.parquet';
 --     create or replace view raw_files as from read_parquet('STORE/raw/*/*/*.parquet', hive_partitioning = true);
+--     create or replace view ranges_files as from read_parquet('STORE/ranges/*/ranges.parquet', filename = true);
+--     create or replace view commits_files as from 'STORE/commits/*.json';
 --     .read sql/views.sql
 -- A glob also takes files that no receipt names. neuronlens.query.connect takes the lists that the receipts give.
 
@@ -27,7 +29,8 @@ limit 0;
 
 create or replace view partials_files as
 select null::smallint as layer, null::varchar as hook_point, null::integer as neuron, null::varchar as concept,
-    null::bigint as n, null::bigint as n_nonfinite, null::double as mean, null::double as m2, null::double as m3, null::double as m4,
+    null::bigint as n, null::bigint as n_nonfinite, null::double as mean,
+    null::double as m2, null::double as m3, null::double as m4,
     null::float as min, null::float as max, null::double as mean_abs
 limit 0;
 
@@ -60,8 +63,10 @@ select null::smallint as layer, null::varchar as hook_point, null::integer as ne
     null::varchar as method, null::double as score, null::integer as rank
 limit 0;
 
+-- Several tables may lie in one store; the path says which table a row belongs to.
 create or replace view ranges_files as
-select null::varchar as hook_point, null::smallint as layer, null::integer as neuron, null::varchar as concept,
+select null::varchar as filename,
+    null::varchar as hook_point, null::smallint as layer, null::integer as neuron, null::varchar as concept,
     null::bigint as n, null::double as mean, null::double as std, null::double as mean_abs,
     null::double as salience, null::integer as rank, null::double as lower, null::double as upper
 limit 0;

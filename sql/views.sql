@@ -9,7 +9,7 @@ select sample, shard, batch, concept, "row", n_tokens, truncated, text, token_id
 -- Every planned shard, and what its receipt says once it is committed.
 create or replace view shards as
 with receipt as (
-    select regexp_extract(shard, '\d+')::integer as shard, attempt, n_truncated, n_nonfinite, seconds.total as seconds,
+    select regexp_extract(shard::varchar, '\d+')::integer as shard, attempt, n_truncated, n_nonfinite, seconds.total as seconds,
         try_cast(finished_at as timestamp) as finished_at
     from commits_files
 )
@@ -37,4 +37,6 @@ create or replace view salience as
 select layer, hook_point, neuron, concept, method, score, rank from salience_files;
 
 create or replace view ranges as
-select hook_point, layer, neuron, concept, n, mean, std, mean_abs, salience, rank, lower, upper from ranges_files;
+select regexp_extract(filename, 'tbl_\w+') as table_id,
+    hook_point, layer, neuron, concept, n, mean, std, mean_abs, salience, rank, lower, upper
+from ranges_files;

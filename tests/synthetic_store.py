@@ -132,7 +132,9 @@ def _keys(layer: int, hook_point: str, concept: str, neurons: np.ndarray) -> dic
 
 
 def _partials(layer: int, hook_point: str, concept: str, x_SN: np.ndarray) -> pa.Table:
-    columns: dict[str, list] = {name: [] for name in ("n", "n_nonfinite", "mean", "m2", "m3", "m4", "min", "max", "mean_abs")}
+    columns: dict[str, list] = {
+        name: [] for name in ("n", "n_nonfinite", "mean", "m2", "m3", "m4", "min", "max", "mean_abs")
+    }
     for x_S in x_SN.T:
         finite = x_S[np.isfinite(x_S)].astype(np.longdouble)
         d = finite - finite.mean() if len(finite) else finite

@@ -1,0 +1,152 @@
+"""sql/salience.sql against scores worked out from the values of all other concepts put together."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from neuronlens.query import connect, run_file
+from tests.synthetic_store import moments_of, write, write_moments
+
+AT = {"hook_point": "mlp_post", "layer": 0}
+
+
+def _salience(path: Path, rows: list[dict], overlap: list[dict] | None = None) -> dict[tuple[str, str, int], dict]:
+    """Rows of salience by method, concept and neuron."""
+    files = {"moments": [write_moments(path / "moments.parquet", rows)]}
+    if overlap is not None:
+        files["overlap"] = [_write_overlap(path / "overlap.parquet", overlap)]
+    with connect(files, threads=1) as con:
+        got = run_file(con, "salience", **AT).to_pylist()
+    return {(row["method"], row["concept"], row["neuron"]): row for row in got}
+
+
+def _write_overlap(path: Path, rows: list[dict]) -> str:
+    scores = ("tau", "ovl", "ovl_gaussian", "bhattacharyya", "range_jaccard", "b_in_a", "a_in_b")
+    schema = pa.schema(
+        [("layer", pa.int16()), ("hook_point", pa.string()), ("neuron", pa.int32())]
+        + [("concept_a", pa.string()), ("concept_b", pa.string())]
+        + [(name, pa.float32()) for name in scores]
+    )
+    return write(path, [pa.Table.from_pylist([{"layer": 0, "hook_point": "mlp_post", **row} for row in rows], schema)])
+
+
+def _moment_rows(values: dict[str, np.ndarray]) -> list[dict]:
+    return [
+        {"neuron": neuron, "concept": concept} | moments_of(x_S)
+        for concept, x_SN in values.items()
+        for neuron, x_S in enumerate(x_SN.T)
+    ]
+
+
+def _pair(neuron: int, a: str, b: str, ovl: float | None, gaussian: float | None = 0.5) -> dict:
+    return {"neuron": neuron, "concept_a": a, "concept_b": b, "ovl": ovl, "ovl_gaussian": gaussian}
+
+
+def test_salience__ranks_by_mean_abs_and_breaks_ties_by_neuron(tmp_path):
+    rows = [
+        {"neuron": neuron, "concept": concept, "mean": 0.0, "std": 1.0, "mean_abs": mean_abs}
+        for concept, scores in (("a", [0.5, 2.0, 2.0, 9.0]), ("b", [4.0, 3.0, 2.0, 1.0]))
+        for neuron, mean_abs in enumerate(scores)
+    ]
+    got = _salience(tmp_path, rows)
+    assert [got["mean_abs", "a", neuron]["rank"] for neuron in range(4)] == [4, 2, 3, 1]
+    assert [got["mean_abs", "b", neuron]["rank"] for neuron in range(4)] == [1, 2, 3, 4]
+    assert got["mean_abs", "a", 3]["score"] == 9.0
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
+def test_salience__cohens_d_is_against_all_other_concepts_together(mean, tmp_path):
+    rng = np.random.default_rng(0)
+    values = {
+        concept: (mean + rng.normal(rng.normal(size=5), 0.7, (n, 5))).astype(np.float32)
+        for concept, n in (("a", 30), ("b", 200), ("c", 7), ("d", 90))
+    }
+    got = _salience(tmp_path, _moment_rows(values))
+    for concept, own in values.items():
+        scores = []
+        for neuron in range(5):
+            x = own[:, neuron].astype(np.longdouble)
+            rest = np.concatenate([v[:, neuron] for c, v in values.items() if c != concept]).astype(np.longdouble)
+            m2 = ((x - x.mean()) ** 2).sum() + ((rest - rest.mean()) ** 2).sum()
+            scores.append(float(abs(x.mean() - rest.mean()) / np.sqrt(m2 / (len(x) + len(rest) - 2))))
+        mine = [got["cohens_d", concept, neuron] for neuron in range(5)]
+        np.testing.assert_allclose([row["score"] for row in mine], scores, rtol=1e-9)
+        assert [row["rank"] for row in mine] == (np.argsort(np.argsort(-np.array(scores))) + 1).tolist()
+
+
+def test_salience__cohens_d_keeps_a_narrow_concept_beside_a_far_one(tmp_path):
+    rng = np.random.default_rng(1)
+    values = {
+        c: rng.normal(m, s, (50, 1)).astype(np.float32)
+        for c, m, s in (("a", 0, 1e-3), ("b", 1e-3, 1e-3), ("c", 50, 1e-3))
+    }
+    got = _salience(tmp_path, _moment_rows(values))
+    x, rest = values["c"].astype(np.longdouble), np.concatenate([values["a"], values["b"]]).astype(np.longdouble)
+    pooled = np.sqrt((((x - x.mean()) ** 2).sum() + ((rest - rest.mean()) ** 2).sum()) / 148)
+    assert got["cohens_d", "c", 0]["score"] == pytest.approx(float(abs(x.mean() - rest.mean()) / pooled), rel=1e-6)
+
+
+def test_salience__cohens_d_of_constants(tmp_path):
+    third = np.float32(1 / 3)
+    values = {c: np.array([[third, third]] * n) for c, n in (("a", 3), ("b", 5), ("c", 11))}
+    values["c"][:, 1] = 2.0
+    got = _salience(tmp_path, _moment_rows(values))
+    assert [got["cohens_d", concept, 0]["score"] for concept in "abc"] == [0.0, 0.0, 0.0]
+    assert got["cohens_d", "c", 1]["score"] == float("inf")
+    assert got["cohens_d", "c", 1]["rank"] == 1
+
+
+def test_salience__without_values_or_company_has_no_score_and_ranks_last(tmp_path):
+    rows = [
+        {"neuron": 0, "concept": "a", "n": 0, "mean": None, "std": None, "mean_abs": None},
+        {"neuron": 1, "concept": "a", "mean": 1.0, "std": 1.0, "mean_abs": 0.25},
+    ]
+    got = _salience(tmp_path, rows)
+    assert set(got) == {(method, "a", neuron) for method in ("mean_abs", "cohens_d") for neuron in (0, 1)}
+    assert (got["mean_abs", "a", 0]["score"], got["mean_abs", "a", 0]["rank"]) == (None, 2)
+    assert got["mean_abs", "a", 1]["rank"] == 1
+    assert (got["cohens_d", "a", 1]["score"], got["cohens_d", "a", 1]["rank"]) == (None, 2)
+
+
+def test_salience__skips_empty_concepts_in_the_rest(tmp_path):
+    values = {"a": np.array([[1.0], [3.0]]), "b": np.array([[6.0], [8.0]]), "c": np.array([[np.nan]])}
+    got = _salience(tmp_path, _moment_rows(values))
+    assert got["cohens_d", "a", 0]["score"] == pytest.approx(5 / np.sqrt(2))
+    assert got["cohens_d", "c", 0]["score"] is None
+
+
+def test_salience__selectivity_is_one_minus_the_mean_overlap_with_the_others(tmp_path):
+    rows = [
+        {"neuron": neuron, "concept": c, "mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0}
+        for c in "abc"
+        for neuron in (0, 1)
+    ]
+    overlap = [_pair(0, "a", "b", 0.5), _pair(0, "a", "c", 0.25), _pair(0, "b", "c", 0.125)]
+    overlap += [_pair(1, "a", "b", None, 0.75), _pair(1, "a", "c", 0.5), _pair(1, "b", "c", None, None)]
+    got = _salience(tmp_path, rows, overlap)
+    scores = {key[1:]: row["score"] for key, row in got.items() if key[0] == "selectivity"}
+    assert scores == {
+        ("a", 0): 1 - 0.375,
+        ("b", 0): 1 - 0.3125,
+        ("c", 0): 1 - 0.1875,
+        ("a", 1): 1 - 0.625,  # the Gaussian overlap where there is no histogram
+        ("b", 1): 1 - 0.75,  # a pair without any score counts for nothing
+        ("c", 1): 1 - 0.5,
+    }
+    assert got["selectivity", "a", 0]["rank"] == 1
+    assert got["selectivity", "a", 1]["rank"] == 2
+
+
+def test_salience__has_the_columns_of_the_format(tmp_path):
+    rows = [{"neuron": 0, "concept": "a", "mean": 0.0, "std": 1.0}]
+    with connect({"moments": [write_moments(tmp_path / "moments.parquet", rows)]}, threads=1) as con:
+        schema = run_file(con, "salience", **AT).schema
+        assert run_file(con, "salience", hook_point="mlp_post", layer=1).num_rows == 0
+    expected = {"layer": pa.int16(), "hook_point": pa.string(), "neuron": pa.int32(), "concept": pa.string()}
+    assert {f.name: f.type for f in schema} == expected | {
+        "method": pa.string(),
+        "score": pa.float64(),
+        "rank": pa.int32(),
+    }
