@@ -35,7 +35,7 @@ def answer(store: Store, query: str | None, form: str, params: Mapping[str, Any]
             "answer.parquet"
         )
     text = read_query(query) if query in questions() else query
-    with connect(store.file_lists(), fs=None if store.is_local else store.fs) as con:
+    with connect(store.file_lists(), fs=store.fs) as con:
         try:
             result = con.execute(text, dict(params)) if params else con.execute(text)
             _print(result.to_arrow_reader(_BATCH_ROWS), form)

@@ -153,10 +153,19 @@ def ranges(
 
 @app.command(epilog="Example: `neuronlens evaluate STORE --table tbl_0123456789abcdef --json`")
 def evaluate(
-    store: StoreArgument, table: TableOption = None, changes: SetOption = None, as_json: JsonOption = False
+    store: StoreArgument,
+    table: TableOption = None,
+    layers: Annotated[list[int] | None, typer.Option("--layer", help="Only in this layer. Repeatable.")] = None,
+    action: Annotated[str, typer.Option(help="zero, mean, dampen, adaptive or set.")] = "zero",
+    factor: Annotated[float | None, typer.Option(help="What dampen and adaptive multiply by.")] = None,
+    value: Annotated[float | None, typer.Option(help="What set puts in place.")] = None,
+    changes: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """What do the ranges erase, and what do they spare? Against the bare model and whole-neuron masking."""
     from neuronlens.console import ConsoleReporter
+    from neuronlens.programs import Edit
+    from neuronlens.recipe import parse_section
     from neuronlens.report import erasure_table
     from pipeline.driver import ray_session
     from pipeline.emit import load_table
@@ -164,8 +173,10 @@ def evaluate(
 
     opened = _open(store)
     chosen, recipe = load_table(opened, table), recipe_of(opened, changes)
+    asked = {"action": action, "factor": factor, "value": value, "layers": tuple(layers) if layers else None}
+    edit = parse_section(Edit, {key: given for key, given in asked.items() if given is not None}, origin="evaluate")
     with ray_session():
-        rows = evaluate_table(recipe, opened, chosen, ConsoleReporter(_console()))
+        rows = evaluate_table(recipe, opened, chosen, ConsoleReporter(_console()), edit)
     _console().print(erasure_table(rows))
     if as_json:
         _print_json({"rows": rows})
@@ -199,6 +210,7 @@ def _run(recipe: "Recipe", *, name: str, store: str | None) -> "Summary":
     from pipeline.driver import run as run_job
 
     try:
+        _console().print("starting Ray", style="dim")
         with ray_session():
             return run_job(recipe, name=name, store_root=store, reporter=ConsoleReporter(_console()))
     except KeyboardInterrupt:
@@ -237,7 +249,7 @@ def _next_commands(store: str) -> str:
     return "\n".join(
         [
             "\nNext:",
-            f'  neuronlens sql {shown} "select concept_a, concept_b, avg(ovl) as ovl from overlap group by all order by ovl"',
+            f"  neuronlens sql {shown} separable_pairs",
             f"  neuronlens ranges {shown} --tau 1.5 --salience cohens_d",
             f"  neuronlens verify {shown}",
         ]

@@ -71,6 +71,7 @@ def connect(
     if threads is not None:
         config["threads"] = threads
     con = duckdb.connect(config=config)
+    con.execute("set enable_progress_bar = false")  # on by default where Python was not started with a file
     if fs is not None and not _is_local(fs):
         con.register_filesystem(fs)
     for name in _SETUP:

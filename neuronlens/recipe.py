@@ -132,7 +132,7 @@ class Recipe(_Section):
     preset: Literal["paper"] | None = None
 
 
-Section = TypeVar("Section", bound=_Section)
+Section = TypeVar("Section", bound=BaseModel)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Haider et al. 2025 (arXiv 2502.06809), sections 4 and 5: residual stream after the last block, last prompt token.

@@ -95,6 +95,9 @@ def run(recipe: Recipe, *, name: str, store_root: str | None = None, reporter: R
     with summary.timed("collect"):
         collect(recipe, plan, store, shards, reporter, spares)
         spares.dismiss()
+    n_nonfinite = sum(receipt["n_nonfinite"] for receipt in store.receipts("commits"))
+    if n_nonfinite:
+        reporter.say(f"{n_nonfinite:,} activations are NaN or infinite; they are counted apart, in n_nonfinite.")
     with (
         summary.timed("statistics"),
         reporter.stage("statistics", len(layers_of(plan.description)), "layers") as advance,

@@ -1,11 +1,9 @@
 """The ranges stage: from a store's moments and salience to an immutable range table."""
 
-import tempfile
 from typing import Any
 
-from neuronlens.query import connect, run_file
-
 from neuronlens.errors import UsageError
+from neuronlens.query import connect, run_file
 from neuronlens.ranges import RangeTable, TableModel
 from neuronlens.store import Store
 
@@ -23,11 +21,7 @@ def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) 
             "were not made. "
             "Finish the run first: the same 'neuronlens run' command goes on where it stopped."
         )
-    fs = None if store.is_local else store.fs
-    with (
-        tempfile.TemporaryDirectory(prefix="neuronlens-sql-") as spill,
-        connect(lists, fs=fs, temp_directory=spill) as con,
-    ):
+    with connect(lists, fs=store.fs) as con:
         rows = run_file(con, "ranges", tau=tau, top_fraction=top_fraction, salience=salience)
     model = description["model"]
     table = RangeTable.make(

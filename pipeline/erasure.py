@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.evaluation import Case, CaseResult, TestText, erasure_cases, erasure_rows
 from neuronlens.models import LoadedModel, load_model
+from neuronlens.programs import Edit
 from neuronlens.prompts import encode_prompts
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import Recipe, TestSection, parse_recipe, with_changes
@@ -22,13 +23,20 @@ if TYPE_CHECKING:
     from pipeline.driver import Reporter
 
 
+ZERO = Edit()
+
+
 def recipe_of(store: Store, changes: list[str] | None = None) -> Recipe:
     """The recipe that made a store, with `changes` (section.key=value) on top."""
     return parse_recipe(with_changes(store.describe()["recipe"], changes), origin=f"the recipe in {store.root}")
 
 
-def evaluate_table(recipe: Recipe, store: Store, table: RangeTable, reporter: "Reporter") -> list[dict[str, Any]]:
+def evaluate_table(
+    recipe: Recipe, store: Store, table: RangeTable, reporter: "Reporter", edit: Edit = ZERO
+) -> list[dict[str, Any]]:
     """A row per concept and condition; kept in the store, so that the same evaluation is not run twice.
+
+    `edit` says what is done to the salient neurons, and in which layers; by default all of the table's are zeroed.
 
     Raises UsageError where the recipe has no test, or its texts do not fit the table; RunFailed where a case failed.
     """
@@ -42,14 +50,15 @@ def evaluate_table(recipe: Recipe, store: Store, table: RangeTable, reporter: "R
     concepts = Counter(text.concept for text in texts)
     _check_concepts(concepts, table, recipe.test)
     answers = check_answers(skeleton, recipe, concepts) if recipe.data.answers else None
-    asked = content_hash([table.id, answers, [[text.token_ids, text.concept] for text in texts]])
+    asked = content_hash([table.id, edit.model_dump(), answers, [[text.token_ids, text.concept] for text in texts]])
     kept = f"evaluations/{table.id}.{asked[:12]}.json"
     if store.exists(kept):
         reporter.say(f"evaluated before: {kept}")
         return list(store.read_json(kept)["rows"])
-    results = _run_cases(recipe, store, table, texts, answers, skeleton, reporter)
+    results = _run_cases(recipe, store, table, edit, texts, answers, skeleton, reporter)
     rows = [dict(row) for row in erasure_rows(texts, results[0], results[1:])]
-    store.create_json(kept, {"table": table.id, "n_texts": len(texts), "rows": rows})
+    done = {"table": table.id, "edit": edit.model_dump(mode="json"), "n_texts": len(texts), "rows": rows}
+    store.create_json(kept, done)
     return rows
 
 
@@ -75,6 +84,7 @@ def _run_cases(
     recipe: Recipe,
     store: Store,
     table: RangeTable,
+    edit: Edit,
     texts: tuple[TestText, ...],
     answers: dict[str, int] | None,
     skeleton: LoadedModel,
@@ -101,7 +111,9 @@ def _run_cases(
         Pool(make_actor=actor_factory(spec), size=layout.n_workers) as pool,
     ):
         failures = pool.run(
-            cases, submit=lambda actor, case: actor.evaluate.remote(table_ref, case, texts_ref, answers), on_done=keep
+            cases,
+            submit=lambda actor, case: actor.evaluate.remote(table_ref, edit, case, texts_ref, answers),
+            on_done=keep,
         )
     if failures:
         raise RunFailed(

@@ -9,12 +9,13 @@ from functools import partial
 from typing import Any
 
 import ray
-from neuronlens.query import connect, run_to_parquet
 
 from neuronlens.errors import RunFailed
+from neuronlens.query import attach, connect, run_to_parquet
 from neuronlens.store import Store, content_hash, new_attempt, receipt_of
 
-KINDS = ("moments", "overlap", "salience")
+QUERIES = {"moments": "merge", "overlap": "overlap", "salience": "salience"}
+"""Kind of file -> the query in sql/ that makes it, in the order in which they need each other."""
 DEFAULT_MEMORY_SHARE = 0.6
 """Of a node's memory, what all the SQL tasks on it may use together before they spill."""
 
@@ -66,24 +67,23 @@ def compute_layer(store: Store, layer: Layer, *, tau: float, resources: Resource
             store.remove(file["path"])
     started = time.perf_counter()
     attempt = new_attempt()
-    lists = {kind: list[str]() for kind in KINDS} | _partials_of(store, commits)
-    with tempfile.TemporaryDirectory(prefix="neuronlens-sql-") as spill:
-        files = []
-        for kind, query in (("moments", "merge"), ("overlap", "overlap"), ("salience", "salience")):
-            with connect(
-                lists,
-                fs=None if store.is_local else store.fs,
-                memory_limit=f"{resources.memory_bytes}B",
-                threads=resources.n_threads,
-                temp_directory=spill,
-            ) as con:
-                params = {"hook_point": layer.hook_point, "layer": layer.layer}
-                if kind == "overlap":
-                    params["tau"] = tau
-                relative = f"{kind}/{layer.name}.{attempt}.parquet"
-                store.write_through(relative, partial(_copy, con, query, params))
+    files = []
+    with (
+        tempfile.TemporaryDirectory(prefix="neuronlens-sql-") as spill,
+        connect(
+            _merged_files(store, commits),
+            fs=store.fs,
+            memory_limit=f"{resources.memory_bytes}B",
+            threads=resources.n_threads,
+            temp_directory=spill,
+        ) as con,
+    ):
+        for kind, query in QUERIES.items():
+            params = {"tau": tau} if kind == "overlap" else {}
+            relative = f"{kind}/{layer.name}.{attempt}.parquet"
+            store.write_through(relative, partial(_copy, con, query, layer, params))
             files.append(store.adopt(kind, relative))
-            lists[kind] = [store.path(relative)]
+            attach(con, kind, [store.path(relative)], fs=store.fs)
     receipt = receipt_of(
         files,
         hook_point=layer.hook_point,
@@ -124,8 +124,8 @@ def compute_statistics(
             ) from error
 
 
-def _copy(con: Any, query: str, params: dict[str, Any], path: str) -> None:
-    run_to_parquet(con, query, path, **params)
+def _copy(con: Any, query: str, layer: Layer, params: dict[str, Any], path: str) -> None:
+    run_to_parquet(con, query, path, hook_point=layer.hook_point, layer=layer.layer, **params)
 
 
 def _memory_share(n_threads: int) -> int:
@@ -134,7 +134,7 @@ def _memory_share(n_threads: int) -> int:
     return max(512 * 2**20, int(node.get("memory", 4e9) * share))
 
 
-def _partials_of(store: Store, commits: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+def _merged_files(store: Store, commits: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
     lists: dict[str, list[str]] = {"partials": [], "histograms": []}
     for receipt in commits:
         for file in receipt["files"]:

@@ -10,6 +10,7 @@ import ray
 from neuronlens.errors import UsageError
 from neuronlens.evaluation import Case, CaseResult, TestText, evaluate_case
 from neuronlens.models import load_model
+from neuronlens.programs import Edit
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import ComputeSection, ModelSection
 from neuronlens.store import Store
@@ -91,7 +92,7 @@ class ModelWorker:
         )
 
     def evaluate(
-        self, table: RangeTable, case: Case, texts: tuple[TestText, ...], answers: dict[str, int] | None
+        self, table: RangeTable, edit: Edit, case: Case, texts: tuple[TestText, ...], answers: dict[str, int] | None
     ) -> CaseResult:
         """One intervention on all test texts."""
         return evaluate_case(
@@ -101,6 +102,7 @@ class ModelWorker:
             texts,
             answers,
             tokens_per_batch=self._spec.tokens_per_batch,
+            edit=edit,
             overrides=self._spec.model.modules or None,
         )
 

@@ -7,6 +7,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 import yaml
+
 from tests.tiny_models import SENTENCES, save_tiny
 
 ANSWERS = {"joy": "<joy>", "anger": "<anger>"}
@@ -47,7 +48,7 @@ def test_run__prints_one_json_object_last_and_the_rest_on_stderr(finished, folde
     assert (summary["n_samples"], summary["range_table"][:4]) == (40, "tbl_")
     assert set(summary["stages"]) == {"plan", "collect", "statistics", "ranges", "evaluate"}
     assert summary["seconds"] > 0
-    for word in ("collect", "range table", "whole neuron"):
+    for word in ("collect", "range table", "neuron"):
         assert word in finished.stderr
 
 

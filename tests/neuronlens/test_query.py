@@ -186,6 +186,16 @@ def test_connect__installs_no_extension(con):
         con.sql("from 's3://bucket/moments.parquet'")
 
 
+def test_connect__prints_no_progress_bar():
+    """DuckDB takes `python -c` for a person at a prompt."""
+    code = (
+        "from neuronlens.query import connect\n"
+        "print(connect().execute(\"select current_setting('enable_progress_bar')\").fetchone())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "(False,)"
+
+
 def test_connect__keeps_to_its_memory_and_spills_where_told(tmp_path):
     spill = tmp_path / "spill" / "here"
     con = connect(memory_limit="100MB", threads=1, temp_directory=str(spill))

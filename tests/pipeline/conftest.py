@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from tests.tiny_models import SENTENCES, save_tiny
 
 CONCEPTS = ("joy", "anger", "fear")

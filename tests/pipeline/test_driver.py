@@ -1,4 +1,4 @@
-"""The main job end to end on a tiny model: the same answer whatever the workers, resumable, and true to the raw values."""
+"""The main job end to end on a tiny model: the same for any number of workers, resumable, true to the raw values."""
 
 import json
 import os
@@ -6,15 +6,15 @@ import shutil
 
 import numpy as np
 import pytest
-from tests.tiny_models import save_tiny
 
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.moments import Moments
-from neuronlens.query import connect
+from neuronlens.query import connect, run_file
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import parse_recipe
 from neuronlens.store import Store
 from pipeline import driver
+from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "small_shards")
 
@@ -80,6 +80,20 @@ def test_run__moments_are_those_of_the_raw_values(finished):
         assert row["n"] == len(values)
         for name in ("mean", "std", "skewness", "kurtosis", "mean_abs"):
             np.testing.assert_allclose(row[name], getattr(want, f"{name}_N")[0], rtol=2e-5, atol=2e-6)
+
+
+def test_run__partials_merge_to_what_sql_computes_from_the_raw_values(finished):
+    root, _ = finished
+    with connect(Store(str(root)).file_lists()) as con:
+        for hook_point, layer in (("mlp_post", 0), ("mlp_post", 1), ("resid_post", 1)):
+            raw = run_file(con, "moments_from_raw", hook_point=hook_point, layer=layer).to_pandas()
+            site = f"hook_point = '{hook_point}' and layer = {layer}"
+            merged = con.sql(f"from moments where {site} order by neuron, concept").to_arrow_table().to_pandas()
+            assert len(raw) == len(merged) > 0
+            for name in ("neuron", "concept", "n", "n_nonfinite", "min", "max"):
+                np.testing.assert_array_equal(merged[name], raw[name])
+            for name in ("mean", "std", "skewness", "kurtosis", "mean_abs"):
+                np.testing.assert_allclose(merged[name], raw[name], rtol=2e-5, atol=2e-6)
 
 
 def test_run__gives_the_same_for_one_worker_and_three(place, tmp_path, finished):
@@ -151,7 +165,7 @@ def test_run__takes_every_unit(place, tmp_path, unit):
     n = table_of(tmp_path, "moments", "all")["n"].to_numpy()
     with connect(Store(str(tmp_path)).file_lists()) as con:
         [(n_texts, n_tokens)] = con.sql(
-            "select count(*), sum(len(list_filter(token_ids, id -> id > 5))) from samples"
+            "select count(*), sum(len(list_filter(token_ids, lambda id: id > 5))) from samples"
         ).fetchall()
     per_neuron = n.reshape(-1).sum() / (2 * 40)
     assert per_neuron == (n_tokens if unit == "token" else n_texts)
@@ -175,12 +189,17 @@ def test_run__keeps_raw_values_of_chosen_neurons_only(place, tmp_path):
 
 
 def test_run__counts_correct_answers_only_where_asked(place, tmp_path):
-    run(place, tmp_path, data={"only_correct": True}, test=None)
-    receipts = Store(str(tmp_path)).receipts("commits")
-    kept, planned = (sum(receipt[key] for receipt in receipts) for key in ("n_kept", "n_samples"))
-    assert kept < planned == 120
-    n = table_of(tmp_path, "moments", "all").to_pandas().drop_duplicates("concept")["n"].sum()
-    assert n == kept
+    """The answer of joy is made to be what the tiny model says most often; whether it does is asked text by text."""
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    prompts = [tokenizer(row["text"] + "<sep>", return_tensors="pt") for row in rows if row["label"] == "joy"]
+    said = [int(model(**prompt).logits[0, -1].argmax()) for prompt in prompts]
+    usual = max(set(said), key=said.count)
+    answers = {**ANSWERS, "joy": tokenizer.decode([usual])}
+    run(place, tmp_path, data={"only_correct": True, "answers": answers}, test=None)
+    n = table_of(tmp_path, "moments", "all").to_pandas().groupby("concept")["n"].max()
+    assert 2 <= n["joy"] == said.count(usual) < 40
+    assert n["anger"] < 40
 
 
 @pytest.mark.parametrize("architecture", ["bert", "distilbert", "roberta"])

@@ -37,7 +37,9 @@ class BadWorker:
 def run(jobs, size=3):
     done = {}
     with Pool(make_actor=Worker.remote, size=size) as pool:
-        failures = pool.run(jobs, lambda actor, job: actor.work.remote(job), lambda job, result: done.update({job: result}))
+        failures = pool.run(
+            jobs, lambda actor, job: actor.work.remote(job), lambda job, result: done.update({job: result})
+        )
     return done, failures
 
 
@@ -67,14 +69,16 @@ def test_pool__ends_when_its_only_worker_dies_of_every_job():
 
 
 def test_pool__says_why_workers_cannot_start():
-    with pytest.raises(RunFailed, match="3 workers could not start"), Pool(
-        make_actor=lambda: BadWorker.remote(MemoryError("too big")), size=1
-    ) as pool:
+    with (
+        pytest.raises(RunFailed, match="3 workers could not start"),
+        Pool(make_actor=lambda: BadWorker.remote(MemoryError("too big")), size=1) as pool,
+    ):
         pool.run(["a"], lambda actor, job: actor.work.remote(job), lambda *_: None)
 
 
 def test_pool__passes_on_what_the_person_did_wrong():
-    with pytest.raises(UsageError, match="no such model"), Pool(
-        make_actor=lambda: BadWorker.remote(UsageError("no such model")), size=1
-    ) as pool:
+    with (
+        pytest.raises(UsageError, match="no such model"),
+        Pool(make_actor=lambda: BadWorker.remote(UsageError("no such model")), size=1) as pool,
+    ):
         pool.run(["a"], lambda actor, job: actor.work.remote(job), lambda *_: None)
