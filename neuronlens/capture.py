@@ -5,7 +5,7 @@ is not special), `mean` (the mean over those tokens, a row a text) and `cls` (th
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,7 @@ class Capture:
             make_accumulator(site.width, histogram=histograms, device=loaded.device, n_threads=n_threads)
             for site in self.sites
         ]
+        self._last_mlp = _mlp_of(loaded.module, self.sites[-1]) if unit in ("last_token", "cls") else None
         self.raw_values: dict[int, list[torch.Tensor]] = {site: [] for site in raw}
         self.raw_samples: list[torch.Tensor] = []
         self.raw_positions: list[torch.Tensor | None] = []
@@ -81,16 +82,41 @@ class Capture:
         index_K, last = rows.index_K.to(device), len(self.sites) - 1
         mask_BT = None if mask_BT is None else mask_BT.to(device)
 
+        row_K = torch.arange(len(index_K), device=device)
+
         def see(site: int, x_BTN: torch.Tensor) -> None:
             x_RN = x_BTN.flatten(0, 1) if mask_BT is None else _means(x_BTN, mask_BT)
-            self.accumulators[site].add(x_RN, index_K)
+            is_narrow = site == last and self._last_mlp is not None
+            rows = row_K if is_narrow else index_K
+            self.accumulators[site].add(x_RN, rows)
             if site in self._raw:
-                self._keep_raw(site, x_RN, index_K)
+                self._keep_raw(site, x_RN, rows)
             if site == last:
                 raise _Captured
 
-        with torch.inference_mode(), attach(self._loaded.module, self.sites, see), contextlib.suppress(_Captured):
+        with (
+            torch.inference_mode(),
+            attach(self._loaded.module, self.sites, see),
+            self._narrowed(index_K),
+            contextlib.suppress(_Captured),
+        ):
             self._loaded.hidden(batch.to(device))
+
+    @contextlib.contextmanager
+    def _narrowed(self, index_K: torch.Tensor) -> Iterator[None]:
+        """The last MLP of the pass sees only the tokens that count, [K, 1, d_model]: nothing after it needs more."""
+        if self._last_mlp is None:
+            yield
+            return
+
+        def choose(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return args[0].flatten(0, 1).index_select(0, index_K)[:, None], *args[1:]
+
+        handle = self._last_mlp.register_forward_pre_hook(choose)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def rows_of(self, batch: TokenBatch, keep_B: torch.Tensor | None = None) -> Rows:
         """The rows that this unit counts. For `mean`, rows index the texts themselves: [B]."""
@@ -128,6 +154,12 @@ class Capture:
         if neurons is not None:
             x_KN = x_KN.index_select(1, torch.as_tensor(neurons, device=x_KN.device))
         self.raw_values[site].append(x_KN.to("cpu"))
+
+
+def _mlp_of(module: torch.nn.Module, site: Site) -> torch.nn.Module | None:
+    """The MLP block around an `mlp_post` site, where it is a module of its own that maps each token alone."""
+    parent = site.module_name.rpartition(".")[0]
+    return module.get_submodule(parent) if site.hook_point == "mlp_post" and parent.endswith(".mlp") else None
 
 
 def _means(x_BTN: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:

@@ -39,8 +39,16 @@ def rows_by_hand(unit: str, ids: list[int], x_TN: np.ndarray) -> np.ndarray:
     return x_TN[content].mean(axis=0, keepdims=True) if content else x_TN[:0]
 
 
-def captured(loaded: LoadedModel, unit: str, *, side: str = "right", batch_size: int = 3, raw: bool = False) -> Capture:
-    sites = find_sites(loaded.module, HOOK_POINTS, "all")
+def captured(
+    loaded: LoadedModel,
+    unit: str,
+    *,
+    side: str = "right",
+    batch_size: int = 3,
+    raw: bool = False,
+    hook_points: tuple[str, ...] = HOOK_POINTS,
+) -> Capture:
+    sites = find_sites(loaded.module, hook_points, "all")
     kept = dict.fromkeys(range(len(sites))) if raw else {}
     capture = Capture(loaded, sites, unit=unit, histograms=True, raw=kept)
     for first in range(0, len(TEXTS), batch_size):
@@ -51,9 +59,10 @@ def captured(loaded: LoadedModel, unit: str, *, side: str = "right", batch_size:
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("unit", ["last_token", "token", "mean"])
-def test_capture__counts_the_rows_of_its_unit_whatever_the_padding(architecture, side, unit):
+@pytest.mark.parametrize("hook_points", [("mlp_post",), HOOK_POINTS])
+def test_capture__counts_the_rows_of_its_unit_whatever_the_padding(architecture, side, unit, hook_points):
     model = tiny_model(architecture)
-    capture = captured(LoadedModel.of(model, tiny_tokenizer()), unit, side=side)
+    capture = captured(LoadedModel.of(model, tiny_tokenizer()), unit, side=side, hook_points=hook_points)
     by_hand = [values_by_hand(architecture, model, ids) for ids in TEXTS]
     for site, accumulator in zip(capture.sites, capture.accumulators, strict=True):
         key = site.hook_point, site.layer
@@ -68,7 +77,8 @@ def test_capture__counts_the_rows_of_its_unit_whatever_the_padding(architecture,
 @pytest.mark.parametrize("unit", ["last_token", "token"])
 def test_capture__keeps_raw_rows_with_their_text_and_position(unit):
     model = tiny_model("gpt2")
-    capture = captured(LoadedModel.of(model, tiny_tokenizer()), unit, side="left", batch_size=5, raw=True)
+    loaded = LoadedModel.of(model, tiny_tokenizer())
+    capture = captured(loaded, unit, side="left", batch_size=5, raw=True, hook_points=("mlp_post",))
     sample_K, position_K = capture.raw_samples[0].tolist(), capture.raw_positions[0].tolist()
     want = [
         (sample, position)
@@ -77,8 +87,8 @@ def test_capture__keeps_raw_rows_with_their_text_and_position(unit):
         if (position == len(ids) - 1 if unit == "last_token" else token > 5)
     ]
     assert list(zip(sample_K, position_K, strict=True)) == want
-    values_KN = torch.cat(capture.raw_values[0]).numpy()
-    site = capture.sites[0]
+    values_KN = torch.cat(capture.raw_values[1]).numpy()
+    site = capture.sites[1]
     by_hand = [values_by_hand("gpt2", model, ids)[site.hook_point, site.layer] for ids in TEXTS]
     for row, (sample, position) in zip(values_KN, want, strict=True):
         np.testing.assert_allclose(row, by_hand[sample][position], rtol=1e-4, atol=1e-5)
