@@ -40,9 +40,9 @@ TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384}
 ROW_GROUPS_PER_SAMPLES_FILE = 64
 
 # Bytes on disk as measured (docs/benchmarks.md): a row of partials, a bin of a histogram, a raw value by its width.
-PARTIAL_ROW_BYTES = 70
-HISTOGRAM_ROW_BYTES = 2.5
-HISTOGRAM_BINS_USED = 110
+PARTIAL_ROW_BYTES = 48
+HISTOGRAM_ROW_BYTES = 1.2
+HISTOGRAM_BINS_USED = 90
 RAW_VALUE_BYTES = {4: 3.6, 2: 1.6}
 STATISTICS_ROW_BYTES = 150
 
