@@ -37,8 +37,10 @@ def answer(store: Store, query: str | None, form: str, params: Mapping[str, Any]
     text = read_query(query) if query in questions() else query
     with connect(store.file_lists(), fs=store.fs) as con:
         try:
-            result = con.execute(text, dict(params)) if params else con.execute(text)
-            _print(result.to_arrow_reader(_BATCH_ROWS), form)
+            relation = con.sql(text, params=dict(params)) if params else con.sql(text)
+            if relation is None:
+                raise UsageError("That statement answers nothing. Ask with select, from, describe or summarize.")
+            _print(relation.to_arrow_reader(_BATCH_ROWS), form)
         except duckdb.Error as error:
             raise UsageError(f"DuckDB cannot answer that: {str(error).strip()}") from error
 
