@@ -36,7 +36,7 @@ centred as (
         s2 / n - drift * drift as c2,
         s3 / n - drift * (3 * s2 / n - 2 * drift * drift) as c3,
         s4 / n - drift * (4 * s3 / n - drift * (6 * s2 / n - 3 * drift * drift)) as c4,
-        min = max as is_constant  -- exact, where a sum of squares leaves a rounding error that would pass for a spread
+        min = max as is_constant  -- a partial's mean and m2 carry rounding errors that would pass for a spread
     from centre join total using (id)
 )
 select $layer::smallint as layer, $hook_point::varchar as hook_point, neuron, concept, n, n_nonfinite,

@@ -32,13 +32,12 @@ centred as (
     select neuron, concept, n, n_nonfinite, min, max, sum_abs / n as mean_abs, s1 / n as drift, centre,
         s2 / n - drift * drift as c2,
         s3 / n - drift * (3 * s2 / n - 2 * drift * drift) as c3,
-        s4 / n - drift * (4 * s3 / n - drift * (6 * s2 / n - 3 * drift * drift)) as c4,
-        min = max as is_constant  -- exact, where a sum of squares leaves a rounding error that would pass for a spread
+        s4 / n - drift * (4 * s3 / n - drift * (6 * s2 / n - 3 * drift * drift)) as c4
     from centre join total using (id)
 )
 select $layer::smallint as layer, $hook_point::varchar as hook_point, neuron, concept, n, n_nonfinite,
-    if(is_constant, min::double, centre + drift) as mean,
-    case when is_constant then 0 when n > 0 then sqrt(greatest(c2, 0)) end as std,
+    centre + drift as mean,
+    if(n > 0, sqrt(greatest(c2, 0)), null) as std,
     if(std > 0, c3 / (std * std * std), null) as skewness,
     if(std > 0, c4 / (std * std * std * std), null) as kurtosis,
     min, max, mean_abs

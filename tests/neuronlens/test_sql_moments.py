@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -98,6 +99,21 @@ def test_moments__of_a_constant_have_no_spread_and_no_shape(query, value, tmp_pa
     assert row["mean"] == np.float32(value)
     assert row["skewness"] is None
     assert row["kurtosis"] is None
+
+
+def test_merge__takes_a_constant_for_one_whatever_the_rounding_of_its_partials(tmp_path):
+    """A collector's mean of equal values may be one rounding off, and its m2 not quite 0."""
+    third = np.float32(1 / 3)
+    files = write_store(tmp_path, _shards({"joy": [np.full(n, third) for n in (3, 7)]}), histograms=False)
+    for path in files["partials"]:
+        table = pq.read_table(path)
+        mean = np.nextafter(table["mean"].to_numpy(), 1.0)
+        table = table.set_column(table.schema.get_field_index("mean"), "mean", pa.array(mean))
+        table = table.set_column(table.schema.get_field_index("m2"), "m2", pa.array(np.full(len(mean), 1e-31)))
+        pq.write_table(table, path)
+    with connect(files, threads=1) as con:
+        [row] = run_file(con, "merge", **LAYER_0).to_pylist()
+    assert (row["mean"], row["std"], row["skewness"], row["kurtosis"]) == (third, 0.0, None, None)
 
 
 @BOTH_WAYS

@@ -77,6 +77,11 @@ def test_ranges__leave_out_concepts_without_a_spread(tmp_path):
     assert [(row["concept"], row["lower"], row["upper"]) for row in rows] == [("still", 3.0, 3.0)]
 
 
+def test_ranges__need_a_score(tmp_path):
+    """One concept has no other to differ from: cohens_d ranks its neurons, but without a score."""
+    assert _ranges(tmp_path, {0: _moments(10, "a")}, salience="cohens_d") == []
+
+
 def test_ranges__of_an_infinite_tau_hold_the_whole_line(tmp_path):
     still = {"neuron": 0, "concept": "a", "n": 5, "mean": 3.0, "std": 0.0}
     rows = _ranges(tmp_path, {0: [still]}, tau=float("inf"))

@@ -98,6 +98,13 @@ def test_salience__cohens_d_of_constants(tmp_path):
     assert got["cohens_d", "c", 1]["rank"] == 1
 
 
+def test_salience__cohens_d_of_different_constants_is_infinite_whatever_the_rounding(tmp_path):
+    rest_N, own_N = np.random.default_rng(2).normal(size=(2, 40)).astype(np.float32)
+    values = {c: np.tile(rest_N, (n, 1)) for c, n in (("a", 3), ("b", 5), ("c", 13))} | {"d": np.tile(own_N, (7, 1))}
+    got = _salience(tmp_path, _moment_rows(values))
+    assert {got["cohens_d", "d", neuron]["score"] for neuron in range(40)} == {float("inf")}
+
+
 def test_salience__without_values_or_company_has_no_score_and_ranks_last(tmp_path):
     rows = [
         {"neuron": 0, "concept": "a", "n": 0, "mean": None, "std": None, "mean_abs": None},
