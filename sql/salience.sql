@@ -14,7 +14,7 @@ with moment as (
     window here as (partition by neuron)
 ),
 rest as (
-    select neuron, concept, n, mean, std, min, max, centre,
+    select neuron, concept, n, mean, std, centre,
         sum(n) over others as n_rest,
         sum(n * (mean - centre)) over others / n_rest as shift,  -- mean of the rest, from the centre
         sum(n * (std * std + (mean - centre) * (mean - centre))) over others as s2,
@@ -25,9 +25,8 @@ rest as (
     )
 ),
 deviation as (
-    -- A range of no width has no spread, exactly; a difference of sums would leave a rounding error in its place.
-    select neuron, concept,
-        if(min = max and min_rest = max_rest, abs(min::double - min_rest), abs(mean - centre - shift)) as distance,
+    select neuron, concept, abs(mean - centre - shift) as distance,
+        -- Equal values have no spread, exactly; the difference of sums would leave a rounding error in its place.
         if(min_rest = max_rest, 0, greatest(0, s2 - n_rest * shift * shift)) as m2_rest,
         sqrt((n * std * std + m2_rest) / nullif(n + n_rest - 2, 0)) as pooled_std
     from rest

@@ -100,7 +100,7 @@ def test_salience__cohens_d_of_constants(tmp_path):
 
 def test_salience__cohens_d_of_different_constants_is_infinite_whatever_the_rounding(tmp_path):
     rest_N, own_N = np.random.default_rng(2).normal(size=(2, 40)).astype(np.float32)
-    values = {c: np.tile(rest_N, (n, 1)) for c, n in (("a", 3), ("b", 5), ("c", 13))} | {"d": np.tile(own_N, (7, 1))}
+    values = {c: np.tile(rest_N, (n, 1)) for c, n in (("a", 101), ("b", 57), ("c", 33))} | {"d": np.tile(own_N, (7, 1))}
     got = _salience(tmp_path, _moment_rows(values))
     assert {got["cohens_d", "d", neuron]["score"] for neuron in range(40)} == {float("inf")}
 
