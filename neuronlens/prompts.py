@@ -44,8 +44,7 @@ def _cut(tokenizer: Any, before: str, text: str, after: str, window: int) -> lis
             return token_ids
     raise UsageError(
         f"The prompt around the text alone fills the model's window of {window} tokens: {before[:40]!r} ... "
-        f"{after[-40:]!r}. "
-        "Shorten data.prompt, or take a model with a longer window."
+        f"{after[-40:]!r}. Shorten data.prompt, or take a model with a longer window."
     )
 
 
@@ -58,8 +57,7 @@ def answer_token_ids(tokenizer: Any, answers: Mapping[str, str]) -> dict[str, in
             pieces = tokenizer.convert_ids_to_tokens(ids)
             raise UsageError(
                 f"data.answers.{concept} is {answer!r}, which is {len(ids)} tokens for this tokenizer ({pieces}); "
-                "expected exactly "
-                "one. Choose a word that is one token (a leading space often makes it one)."
+                "expected exactly one. Choose a word that is one token (a leading space often makes it one)."
             )
         if ids[0] == tokenizer.unk_token_id:
             raise UsageError(

@@ -63,8 +63,7 @@ def _load(source: str, split: str) -> Any:
         reason = " ".join(str(error).split()) or type(error).__name__
         place = "the folder" if path.is_dir() else "the file" if path.is_file() else "the Hugging Face dataset"
         raise UsageError(
-            f"{place} {source} (split {split!r}) cannot be read: {reason[:300]}. Expected CSV, JSONL or Parquet "
-            "rows, "
+            f"{place} {source} (split {split!r}) cannot be read: {reason[:300]}. Expected CSV, JSONL or Parquet rows, "
             "or a dataset id and a network that reaches its hub."
         ) from error
 
@@ -89,8 +88,7 @@ def _check(source: str, text: str, texts: list[Any], concept: str, labels: list[
     unfit = next((label for label in labels if isinstance(label, list | dict | float)), None)
     if unfit is not None:
         raise UsageError(
-            f"{source}: {concept} holds {unfit!r}, a {type(unfit).__name__}; expected one name or whole number a "
-            "row. "
+            f"{source}: {concept} holds {unfit!r}, a {type(unfit).__name__}; expected one name or whole number a row. "
             "Repeat a text on one row per concept if it has several."
         )
     unread = [row for row, content in enumerate(texts) if not isinstance(content, str) or not content.strip()]

@@ -99,19 +99,9 @@ class CollectSpec:
 
 
 @dataclass(slots=True)
-class Seconds:
-    """Where the time of one shard went."""
+class _Counted:
+    """What is counted while a shard runs: texts kept, and the sample numbers of each batch."""
 
-    forward: float = 0.0
-    write: float = 0.0
-    total: float = 0.0
-
-
-@dataclass(slots=True)
-class _ShardRun:
-    """What is counted while a shard runs."""
-
-    seconds: Seconds = field(default_factory=Seconds)
     n_kept: int = 0
     sample_ids: list[np.ndarray] = field(default_factory=list)
 
@@ -121,38 +111,32 @@ def collect_shard(
 ) -> dict[str, Any]:
     """Run one shard and commit it. Returns the receipt that counts: ours, or that of another attempt that was first."""
     started = time.perf_counter()
-    run = _ShardRun()
     samples = read_samples(store, shard)
     sites = find_sites(loaded.module, spec.hook_points, spec.layers, spec.modules or None)
     capture = Capture(
         loaded, sites, unit=spec.unit, histograms=spec.histograms, raw=_raw_sites(spec, sites), n_threads=n_threads
     )
-    _forward(loaded, capture, spec, shard, samples, run)
-    run.seconds.forward = time.perf_counter() - started
+    counted = _forward(loaded, capture, spec, shard, samples)
+    forward_seconds = time.perf_counter() - started
     moments = [accumulator.moments() for accumulator in capture.accumulators]
     attempt = new_attempt()
     files = [_write_partials(store, shard, attempt, sites, moments)]
     if spec.histograms:
         files.append(_write_histograms(store, shard, attempt, capture))
-    files += _write_raw(store, shard, attempt, capture, spec, run)
-    run.seconds.total = time.perf_counter() - started
-    run.seconds.write = run.seconds.total - run.seconds.forward
+    files += _write_raw(store, shard, attempt, capture, spec, counted.sample_ids)
+    total_seconds = time.perf_counter() - started
     receipt = receipt_of(
         files,
         shard=shard.shard,
         attempt=attempt,
         concept=shard.concept,
         n_samples=shard.n_samples,
-        n_kept=run.n_kept,
+        n_kept=counted.n_kept,
         n_tokens=shard.n_tokens,
         n_truncated=int(np.sum(samples["truncated"].to_numpy())),
         n_nonfinite=int(sum(part.n_nonfinite_N.sum() for part in moments)),
         versions=package_versions(),
-        seconds={
-            "forward": run.seconds.forward,
-            "write": run.seconds.write,
-            "total": run.seconds.total,
-        },
+        seconds={"forward": forward_seconds, "write": total_seconds - forward_seconds, "total": total_seconds},
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     if store.create_json(f"commits/{shard.name}.json", receipt):
@@ -169,9 +153,8 @@ def read_samples(store: Store, shard: Shard) -> pa.Table:
     if table.num_rows != shard.n_samples or table["shard"][0].as_py() != shard.shard:
         raise RunFailed(
             f"{store.path(shard.samples_file)} holds {table.num_rows} samples of shard {table['shard'][0]} in row "
-            "group "
-            f"{shard.row_group}; the plan promises {shard.n_samples} of shard {shard.shard}. The plan was damaged: "
-            "start again with a new --store."
+            f"group {shard.row_group}; the plan promises {shard.n_samples} of shard {shard.shard}. The plan was "
+            "damaged: start again with a new --store."
         )
     return table
 
@@ -185,17 +168,17 @@ def batches_of(samples: pa.Table, pad_id: int) -> Iterator[tuple[np.ndarray, Tok
         yield np.arange(first, last), pad(rows[first:last], pad_id=pad_id)
 
 
-def _forward(
-    loaded: LoadedModel, capture: Capture, spec: CollectSpec, shard: Shard, samples: pa.Table, run: _ShardRun
-) -> None:
+def _forward(loaded: LoadedModel, capture: Capture, spec: CollectSpec, shard: Shard, samples: pa.Table) -> _Counted:
+    counted = _Counted()
     sample_ids = samples["sample"].to_numpy()
     for rows, batch in batches_of(samples, loaded.pad_id):
         keep_B = None
         if spec.answers is not None:
             keep_B = correct_B(loaded, batch, spec.answers[shard.concept])
-        run.n_kept += len(rows) if keep_B is None else int(keep_B.sum())
-        run.sample_ids.append(sample_ids[rows])
+        counted.n_kept += len(rows) if keep_B is None else int(keep_B.sum())
+        counted.sample_ids.append(sample_ids[rows])
         capture.add(batch, keep_B)
+    return counted
 
 
 def _raw_sites(spec: CollectSpec, sites: tuple[Site, ...]) -> dict[int, np.ndarray | None]:
@@ -246,13 +229,11 @@ def _write_histograms(store: Store, shard: Shard, attempt: str, capture: Capture
 
 
 def _write_raw(
-    store: Store, shard: Shard, attempt: str, capture: Capture, spec: CollectSpec, run: _ShardRun
+    store: Store, shard: Shard, attempt: str, capture: Capture, spec: CollectSpec, sample_ids: list[np.ndarray]
 ) -> list[StoredFile]:
     if not any(capture.raw_values.values()):
         return []
-    sample_R = np.concatenate(
-        [ids[rows.numpy()] for ids, rows in zip(run.sample_ids, capture.raw_samples, strict=True)]
-    )
+    sample_R = np.concatenate([ids[rows.numpy()] for ids, rows in zip(sample_ids, capture.raw_samples, strict=True)])
     position_R = None
     if capture.raw_positions[0] is not None:
         position_R = torch.cat([part for part in capture.raw_positions if part is not None]).numpy().astype(np.int32)

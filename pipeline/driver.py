@@ -78,23 +78,21 @@ def run(recipe: Recipe, *, name: str, store_root: str | None = None, reporter: R
     """
     reporter = reporter or Silent()
     summary, started = Summary(), time.perf_counter()
-    spares = Spares(recipe.compute)
-    with summary.timed("plan"), reporter.stage("plan", 1, "plan") as advance:
-        plan = make_plan(recipe, device_type=_device_type(recipe))
-        store = Store(store_root or f"{DEFAULT_FOLDER}/{name}-{plan.store_hash[:12]}")
-        summary.store = store.root
-        if not store.exists("store.json"):
-            check_room(plan, store)
-        shards = freeze(plan, store)
-        advance(1)
-    summary.n_samples, summary.n_tokens = plan.n_samples, plan.n_tokens
-    n_truncated = plan.description["dataset"]["n_truncated"]
-    if n_truncated:
-        reporter.say(f"{n_truncated:,} texts are longer than the model's window and were cut.")
-    reporter.say(plan.estimate.raw_note)
-    with summary.timed("collect"):
-        collect(recipe, plan, store, shards, reporter, spares)
-        spares.dismiss()
+    with Spares(recipe.compute) as spares:
+        with summary.timed("plan"), reporter.stage("plan", 1, "plan") as advance:
+            plan = make_plan(recipe, device_type=_device_type(recipe))
+            store = Store(store_root or f"{DEFAULT_FOLDER}/{name}-{plan.store_hash[:12]}")
+            if not store.exists("store.json"):
+                check_room(plan, store)
+            shards = freeze(plan, store)
+            advance(1)
+        summary.store, summary.n_samples, summary.n_tokens = store.root, plan.n_samples, plan.n_tokens
+        n_truncated = plan.description["dataset"]["n_truncated"]
+        if n_truncated:
+            reporter.say(f"{n_truncated:,} texts are longer than the model's window and were cut.")
+        reporter.say(plan.estimate.raw_note)
+        with summary.timed("collect"):
+            collect(recipe, plan, store, shards, reporter, spares)
     n_nonfinite = sum(receipt["n_nonfinite"] for receipt in store.receipts("commits"))
     if n_nonfinite:
         reporter.say(f"{n_nonfinite:,} activations are NaN or infinite; they are counted apart, in n_nonfinite.")
@@ -203,8 +201,7 @@ def _layout_text(layout: Layout) -> str:
 def _quarantined(failures: list[Failure[Shard]], n_shards: int) -> str:
     lines = [
         f"{failure.job.name} (concept {failure.job.concept}, {failure.job.n_samples} samples): failed "
-        f"{failure.n_tries} "
-        f"times, last because {failure.reason}"
+        f"{failure.n_tries} times, last because {failure.reason}"
         for failure in failures
     ]
     return (

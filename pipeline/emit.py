@@ -17,9 +17,8 @@ def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) 
     lists = store.file_lists()
     if not lists.get("moments"):
         raise UsageError(
-            f"{store.root} has no moments yet: {len(lists['commits'])} shards are committed, but the statistics "
-            "were not made. "
-            "Finish the run first: the same 'neuronlens run' command goes on where it stopped."
+            f"{store.root} has no moments yet: {len(lists['commits'])} shards are committed, but the statistics were "
+            "not made. Finish the run first: the same 'neuronlens run' command goes on where it stopped."
         )
     with connect(lists, fs=store.fs) as con:
         rows = run_file(con, "ranges", tau=tau, top_fraction=top_fraction, salience=salience)

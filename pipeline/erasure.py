@@ -119,8 +119,7 @@ def _run_cases(
         raise RunFailed(
             f"{len(failures)} of {len(cases)} evaluations failed, the first ({failures[0].job.condition}, "
             f"{failures[0].job.concept}) because {failures[0].reason}. The store and its table are whole: mend the "
-            "reason and "
-            f"run 'neuronlens evaluate {store.root} --table {table.id}'."
+            f"reason and run 'neuronlens evaluate {store.root} --table {table.id}'."
         )
     return [found[case] for case in cases]
 
@@ -130,7 +129,6 @@ def _check_concepts(concepts: Counter[str], table: RangeTable, test: TestSection
     if unknown:
         raise UsageError(
             f"{test.source} has the concept {unknown[0]!r} ({concepts[unknown[0]]} of {concepts.total()} rows), for "
-            "which the "
-            f"table has no ranges. It has: {', '.join(table.concepts)}. Drop those rows, or collect texts of that "
-            "concept."
+            f"which the table has no ranges. It has: {', '.join(table.concepts)}. Drop those rows, or collect texts "
+            "of that concept."
         )

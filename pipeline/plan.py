@@ -225,10 +225,9 @@ def check_answers(loaded: LoadedModel, recipe: Recipe, concepts: Counter[str]) -
     if missing:
         raise UsageError(
             f"data.answers has no entry for the label {missing[0]!r} ({concepts[missing[0]]:,} of "
-            f"{concepts.total():,} rows of "
-            f"{recipe.data.source}).\n  Labels found: {', '.join(sorted(concepts))}. Add {', '.join(missing)} to "
-            "data.answers, or "
-            "drop data.answers to\n  collect statistics without an evaluation."
+            f"{concepts.total():,} rows of {recipe.data.source}).\n  Labels found: {', '.join(sorted(concepts))}. Add "
+            f"{', '.join(missing)} to data.answers, or drop data.answers to\n  collect statistics without an "
+            "evaluation."
         )
     if loaded.kind != "classifier":
         return answer_token_ids(loaded.tokenizer, answers)

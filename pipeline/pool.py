@@ -128,10 +128,9 @@ class Pool:
                 raise cause from error
             if self._n_failed_starts >= MAX_FAILED_STARTS:
                 raise RunFailed(
-                    f"{self._n_failed_starts} workers could not start; the last said: "
-                    f"{_first_line(cause or error)}. Look at the "
-                    "worker logs under /tmp/ray/session_latest/logs; too little memory for the model is the usual "
-                    "reason."
+                    f"{self._n_failed_starts} workers could not start; the last said: {_first_line(cause or error)}. "
+                    "Look at the worker logs under /tmp/ray/session_latest/logs; too little memory for the model is "
+                    "the usual reason."
                 ) from error
             self._start_actor()
             return

@@ -53,9 +53,13 @@ def inputs_hash(commits: Sequence[dict[str, Any]]) -> str:
     return content_hash([[receipt["shard"], receipt["attempt"]] for receipt in commits])
 
 
-def compute_layer(store: Store, layer: Layer, *, tau: float, resources: Resources) -> dict[str, Any]:
-    """Merge one layer and commit its three files. Returns the receipt that counts; does nothing where it is there."""
-    commits = store.receipts("commits")
+def compute_layer(
+    store: Store, layer: Layer, commits: Sequence[dict[str, Any]], *, tau: float, resources: Resources
+) -> dict[str, Any]:
+    """Merge one layer of the shards in `commits` (their receipts) and commit its three files.
+
+    Returns the receipt that counts; does nothing where it is there.
+    """
     inputs = inputs_hash(commits)
     receipt_path = f"statistics/{layer.name}.json"
     if store.exists(receipt_path):
@@ -108,7 +112,8 @@ def compute_statistics(
     n_threads = max(1, n_cores // len(layers))
     resources = Resources(n_threads=n_threads, memory_bytes=memory_limit or _memory_share(n_threads))
     task = ray.remote(compute_layer).options(num_cpus=n_threads, max_retries=2)
-    pending = {task.remote(store, layer, tau=tau, resources=resources): layer for layer in layers}
+    commits = ray.put(store.receipts("commits"))
+    pending = {task.remote(store, layer, commits, tau=tau, resources=resources): layer for layer in layers}
     while pending:
         done, _ = ray.wait(list(pending), num_returns=1)
         layer = pending.pop(done[0])
@@ -118,9 +123,8 @@ def compute_statistics(
             cause = getattr(error, "cause", None) or error
             raise RunFailed(
                 f"The statistics of {layer.name} failed: {str(cause).strip().splitlines()[0]}. The shards are safe: "
-                "mend the "
-                "reason (too little memory: set compute.memory_limit; a damaged file: neuronlens verify) and run "
-                "again."
+                "mend the reason (too little memory: set compute.memory_limit; a damaged file: neuronlens verify) "
+                "and run again."
             ) from error
 
 

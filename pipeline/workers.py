@@ -45,8 +45,7 @@ def choose_layout(compute: ComputeSection, *, n_jobs: int, worker_memory_bytes: 
     if n_gpus > n_cluster_gpus:
         raise UsageError(
             f"compute.gpus_per_worker is {n_gpus:g}, but Ray sees {n_cluster_gpus:g} GPUs. Set it to 0 or auto, or "
-            "give the "
-            "cluster GPUs."
+            "give the cluster GPUs."
         )
     if n_gpus:
         room = int(n_cluster_gpus / n_gpus)
@@ -125,7 +124,10 @@ class Spares:
         """One that fits the layout, or None."""
         return self._idle.pop() if self._idle and layout.n_threads == 1 and not layout.n_gpus else None
 
-    def dismiss(self) -> None:
+    def __enter__(self) -> "Spares":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End those that nobody took."""
         while self._idle:
             ray.kill(self._idle.pop())
