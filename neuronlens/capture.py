@@ -5,6 +5,7 @@ is not special), `mean` (the mean over those tokens, a row a text) and `cls` (th
 """
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,8 @@ class Capture:
     """Streams the activations at `sites` into moments, histograms and, for the sites in `raw`, a list of rows.
 
     `raw` maps a site's index to the neurons to keep (None for all). Memory does not grow with the number of rows,
-    except by the raw rows, which the caller bounds by the size of a shard.
+    except by the raw rows, which the caller bounds by the size of a shard. `statistics_seconds` is the part of the
+    passes that went into them; on a GPU, where kernels run behind the caller's back, the time to launch them.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Capture:
         self.raw_values: dict[int, list[torch.Tensor]] = {site: [] for site in raw}
         self.raw_samples: list[torch.Tensor] = []
         self.raw_positions: list[torch.Tensor | None] = []
+        self.statistics_seconds = 0.0
 
     def add(self, batch: TokenBatch, keep_B: torch.Tensor | None = None) -> None:
         """Run the batch (on the CPU; moved here to the model's device) and count its rows; `keep_B` (bool) leaves
@@ -85,12 +88,14 @@ class Capture:
         row_K = torch.arange(len(index_K), device=device)
 
         def see(site: int, x_BTN: torch.Tensor) -> None:
+            started = time.perf_counter()
             x_RN = x_BTN.flatten(0, 1) if mask_BT is None else _means(x_BTN, mask_BT)
             is_narrow = site == last and self._last_mlp is not None
             rows = row_K if is_narrow else index_K
             self.accumulators[site].add(x_RN, rows)
             if site in self._raw:
                 self._keep_raw(site, x_RN, rows)
+            self.statistics_seconds += time.perf_counter() - started
             if site == last:
                 raise _Captured
 

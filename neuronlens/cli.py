@@ -3,18 +3,19 @@
 neuronlens --help
 """
 
+import contextlib
 import json
 import os
-import sys
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from neuronlens.errors import NeuronLensError, RunFailed, UsageError
+from neuronlens.console import ConsoleReporter, command_line, print_json, stderr
+from neuronlens.errors import RunFailed, UsageError
 
 if TYPE_CHECKING:
     from neuronlens.recipe import Recipe
@@ -39,23 +40,35 @@ class Format(StrEnum):
     parquet = "parquet"
 
 
+_WATCH_SECONDS = 5.0
+_N_SHOWN = 20
+
 RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 StoreArgument = Annotated[str, typer.Argument(help="A store: the directory that a run printed.", show_default=False)]
 StoreOption = Annotated[str | None, typer.Option("--store", help="Where the store goes [default: neuronlens-runs/].")]
-SetOption = Annotated[
+ChangesOption = Annotated[
     list[str] | None, typer.Option("--set", help="Change a recipe key: section.key=value. May be repeated.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on stdout.")]
 TableOption = Annotated[str | None, typer.Option("--table", help="A range table's id, where the store has several.")]
 
 
+AddressOption = Annotated[
+    str | None, typer.Option(help="The Ray dashboard, such as http://head:8265.", envvar="RAY_API_SERVER_ADDRESS")
+]
+PartialOption = Annotated[
+    bool,
+    typer.Option("--allow-partial", help="Go on without shards that failed; every output says its coverage."),
+]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-files", help="On a resume, compare only the sizes of committed files, not their checksums."),
+]
+
+
 def main() -> None:
-    """The entry point: our own errors become one sentence on stderr and their exit code."""
-    try:
-        app()
-    except NeuronLensError as error:
-        _console().print(f"neuronlens: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+    """The entry point."""
+    command_line(app)
 
 
 @app.command(
@@ -68,27 +81,32 @@ def demo(store: StoreOption = None, as_json: JsonOption = False) -> None:
     recipe = load_recipe(Path(__file__).parent / "demo" / "recipe.yaml")
     summary = _run(recipe, name="demo", store=store)
     _print_summary(recipe, summary)
-    _console().print(_next_commands(summary.store), highlight=False, markup=False, soft_wrap=True)
+    stderr().print(_next_commands(summary.store), highlight=False, markup=False, soft_wrap=True)
     if as_json:
-        _print_json(_summary_json(summary))
+        print_json(summary.as_dict())
 
 
 @app.command(epilog="Example: `neuronlens run recipe.yaml --set ranges.tau=2.0`. The same command again resumes.")
 def run(
-    recipe: RecipeArgument, store: StoreOption = None, changes: SetOption = None, as_json: JsonOption = False
+    recipe: RecipeArgument,
+    store: StoreOption = None,
+    changes: ChangesOption = None,
+    allow_partial: PartialOption = False,
+    trust_files: TrustOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Collect statistics, make a range table and, where the recipe has a test, evaluate it."""
     from neuronlens.recipe import load_recipe
 
     loaded = load_recipe(recipe, changes)
-    summary = _run(loaded, name=recipe.stem, store=store)
+    summary = _run(loaded, name=recipe.stem, store=store, allow_partial=allow_partial, trust_files=trust_files)
     _print_summary(loaded, summary)
     if as_json:
-        _print_json(_summary_json(summary))
+        print_json(summary.as_dict())
 
 
 @app.command(epilog="Example: `neuronlens plan recipe.yaml --set collect.raw=all`")
-def plan(recipe: RecipeArgument, changes: SetOption = None, as_json: JsonOption = False) -> None:
+def plan(recipe: RecipeArgument, changes: ChangesOption = None, as_json: JsonOption = False) -> None:
     """Say what a run will take: shards, tokens, bytes on disk, memory. Runs nothing, writes nothing."""
     from neuronlens.recipe import load_recipe
     from pipeline.plan import make_plan
@@ -106,10 +124,10 @@ def plan(recipe: RecipeArgument, changes: SetOption = None, as_json: JsonOption 
         "worker_memory_bytes": estimate.worker_memory_bytes | {"total": estimate.total_worker_memory_bytes},
         "raw": estimate.raw_note,
     }
-    _console().print(_plan_table(numbers))
-    _console().print(estimate.raw_note, highlight=False)
+    stderr().print(_plan_table(numbers))
+    stderr().print(estimate.raw_note, highlight=False)
     if as_json:
-        _print_json(numbers)
+        print_json(numbers)
 
 
 @app.command(
@@ -146,9 +164,9 @@ def ranges(
         RangesSection, {"tau": tau, "top_fraction": top_fraction, "salience": salience}, origin="ranges"
     )
     table = emit_table(_open(store), tau=asked.tau, top_fraction=asked.top_fraction, salience=asked.salience)
-    _console().print(f"{table.id}: {table.rows.num_rows:,} ranges, tau {tau:g}, top {top_fraction:.0%} by {salience}")
+    stderr().print(f"{table.id}: {table.rows.num_rows:,} ranges, tau {tau:g}, top {top_fraction:.0%} by {salience}")
     if as_json:
-        _print_json({"range_table": table.id, "rows": table.rows.num_rows})
+        print_json({"range_table": table.id, "rows": table.rows.num_rows})
 
 
 @app.command(epilog="Example: `neuronlens evaluate STORE --table tbl_0123456789abcdef --json`")
@@ -159,11 +177,10 @@ def evaluate(
     action: Annotated[str, typer.Option(help="zero, mean, dampen, adaptive or set.")] = "zero",
     factor: Annotated[float | None, typer.Option(help="What dampen and adaptive multiply by.")] = None,
     value: Annotated[float | None, typer.Option(help="What set puts in place.")] = None,
-    changes: SetOption = None,
+    changes: ChangesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """What do the ranges erase, and what do they spare? Against the bare model and whole-neuron masking."""
-    from neuronlens.console import ConsoleReporter
     from neuronlens.programs import Edit
     from neuronlens.recipe import parse_section
     from neuronlens.report import erasure_table
@@ -176,46 +193,158 @@ def evaluate(
     asked = {"action": action, "factor": factor, "value": value, "layers": tuple(layers) if layers else None}
     edit = parse_section(Edit, {key: given for key, given in asked.items() if given is not None}, origin="evaluate")
     with ray_session():
-        rows = evaluate_table(recipe, opened, chosen, ConsoleReporter(_console()), edit)
-    _console().print(erasure_table(rows))
+        rows = evaluate_table(recipe, opened, chosen, ConsoleReporter(stderr()), edit)
+    stderr().print(erasure_table(rows))
     if as_json:
-        _print_json({"rows": rows})
+        print_json({"rows": rows})
 
 
 @app.command(epilog="Example: `neuronlens verify STORE --json`")
 def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
     """Read every committed file again: is it there, are its bytes and rows what its receipt says? Exit code 1 if
     not."""
-    from neuronlens.console import ConsoleReporter
 
     opened = _open(store)
-    opened.describe()
     n_bytes = sum(file.n_bytes for file in opened.committed_files())
-    with ConsoleReporter(_console()).stage("verify", n_bytes, "bytes") as advance:
+    with ConsoleReporter(stderr()).stage("verify", n_bytes, "bytes") as advance:
         faults = opened.faults(on_file=lambda file: advance(file.n_bytes))
     for fault in faults:
-        _console().print(fault, style="red", highlight=False, markup=False, soft_wrap=True)
-    _console().print(f"{len(faults)} faults" if faults else f"All committed files are right ({n_bytes:,} bytes).")
+        stderr().print(fault, style="red", highlight=False, markup=False, soft_wrap=True)
+    stderr().print(f"{len(faults)} faults" if faults else f"All committed files are right ({n_bytes:,} bytes).")
     if as_json:
-        _print_json({"ok": not faults, "faults": faults})
+        print_json({"ok": not faults, "faults": faults})
     if faults:
         raise RunFailed(
             f"{opened.root} has {len(faults)} damaged files; expected none. Run the same recipe again to mend it."
         )
 
 
-def _run(recipe: "Recipe", *, name: str, store: str | None) -> "Summary":
-    from neuronlens.console import ConsoleReporter
+@app.command(
+    epilog="Example: `neuronlens submit recipe.yaml --address http://head:8265 --store s3://bucket/run --wait`"
+)
+def submit(
+    recipe: RecipeArgument,
+    store: Annotated[str, typer.Option("--store", help="A URL, or a folder on a disk that all nodes share.")],
+    address: AddressOption = None,
+    changes: ChangesOption = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="A folder to send along, with the recipe in it [default: the recipe alone].")
+    ] = None,
+    allow_partial: PartialOption = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the log until the job ends.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe as a job of a Ray cluster. Prints the job's id on stdout."""
+    from neuronlens.recipe import load_recipe
+    from pipeline.submit import follow, submit_run
+
+    if address is None:
+        raise UsageError("No cluster was named. Give --address http://head:8265, or set RAY_API_SERVER_ADDRESS.")
+    load_recipe(recipe, changes)
+    job = submit_run(
+        address,
+        recipe,
+        store=store,
+        changes=changes or (),
+        working_dir=working_dir,
+        flags=["--allow-partial"] if allow_partial else [],
+    )
+    status = "SUBMITTED"
+    if wait:
+        stderr().print(f"following {job}; Ctrl-C leaves it running", style="dim", highlight=False)
+        try:
+            status = follow(address, job, lambda text: stderr().out(text, end="", highlight=False))
+        except KeyboardInterrupt:
+            wait = False
+    if not wait:
+        next_commands = f"  neuronlens status {job} --address {address}\n  ray job stop {job} --address {address}"
+        stderr().print(f"Next:\n{next_commands}", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        print_json({"job": job, "store": store, "status": status})
+    else:
+        typer.echo(job)
+    if wait and status != "SUCCEEDED":
+        raise RunFailed(
+            f"{job} ended as {status}; expected SUCCEEDED. Its log is above; the same command goes on from what was "
+            "committed."
+        )
+
+
+@app.command(epilog="Example: `neuronlens status s3://bucket/run` or `neuronlens status raysubmit_... --address URL`")
+def status(
+    what: Annotated[str, typer.Argument(help="A store, or the id of a submitted job.", show_default=False)],
+    address: AddressOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every 5 s until the run ends.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """How far is a run: shards done, running, failed and quarantined, tokens a second, what failed and why."""
+    from neuronlens.report import status_table
+    from neuronlens.store import Store
+    from pipeline.status import status_of
+    from pipeline.submit import FINISHED, job_of
+
+    while True:
+        job = job_of(address, what) if what.startswith("raysubmit_") else None
+        root = job["store"] if job else what
+        found = status_of(Store(root)) if job is None or Store(root).exists("store.json") else None
+        if job:
+            stderr().print(f"{job['job']}: {job['status']}. {job['message'] or ''}", highlight=False, markup=False)
+        if found:
+            stderr().print(status_table(found))
+        elif job:
+            stderr().print(f"{root} holds nothing yet.", highlight=False, markup=False)
+        ended = job["status"] in FINISHED if job else found is None or found["state"] != "running"
+        if ended or not watch:
+            break
+        time.sleep(_WATCH_SECONDS)
+    if as_json:
+        print_json({"job": job, **(found or {})} if job else found or {})
+
+
+@app.command(epilog="Example: `neuronlens clean STORE --dry-run`")
+def clean(
+    store: StoreArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove files that do not count: what attempts left behind that died or came second. Refuses while a driver works
+    on the store."""
+    from pipeline.clean import clean as remove
+    from pipeline.clean import orphans
+    from pipeline.lease import Lease
+
+    opened, console = _open(store), stderr()
+    with contextlib.nullcontext() if dry_run else Lease(opened, "neuronlens clean", console.print):
+        found = orphans(opened)
+        if not dry_run:
+            with ConsoleReporter(console).stage("clean", len(found), "files") as advance:
+                remove(opened, found, lambda _: advance(1))
+    n_bytes = sum(orphan.n_bytes for orphan in found)
+    for orphan in found[:_N_SHOWN]:
+        console.print(f"  {orphan.path}", highlight=False, markup=False, soft_wrap=True)
+    if len(found) > _N_SHOWN:
+        console.print(f"  and {len(found) - _N_SHOWN:,} more")
+    console.print(f"{len(found):,} files, {n_bytes:,} bytes, {'would be ' if dry_run else ''}removed", highlight=False)
+    if as_json:
+        print_json({"files": [orphan.path for orphan in found], "bytes": n_bytes, "removed": not dry_run})
+
+
+def _run(
+    recipe: "Recipe", *, name: str, store: str | None, allow_partial: bool = False, trust_files: bool = False
+) -> "Summary":
     from pipeline.driver import ray_session
     from pipeline.driver import run as run_job
 
-    try:
-        _console().print("starting Ray", style="dim")
-        with ray_session():
-            return run_job(recipe, name=name, store_root=store, reporter=ConsoleReporter(_console()))
-    except KeyboardInterrupt:
-        _console().print("neuronlens: stopped. What was committed is kept: the same command goes on from there.")
-        sys.exit(130)
+    stderr().print("starting Ray", style="dim")
+    with ray_session():
+        return run_job(
+            recipe,
+            name=name,
+            store_root=store,
+            reporter=ConsoleReporter(stderr()),
+            allow_partial=allow_partial,
+            trust_files=trust_files,
+        )
 
 
 def _open(store: str) -> "Store":
@@ -227,19 +356,23 @@ def _open(store: str) -> "Store":
 
 
 def _print_summary(recipe: "Recipe", summary: "Summary") -> None:
-    from neuronlens.report import erasure_table
+    from neuronlens.report import activity_line, coverage_line, erasure_table
 
-    console = _console()
+    console = stderr()
     if summary.erasure:
         console.print(erasure_table(summary.erasure))
     elif recipe.test is None:
         console.print("The recipe has no test section: nothing was evaluated.")
+    spent = activity_line(summary.collector_seconds)
+    partial = coverage_line(summary.coverage)
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary.stages.items())
     lines = [
         f"store        {summary.store}",
         f"range table  {summary.range_table}   (ranges/{summary.range_table}/ in the store)",
         f"data         {summary.n_samples:,} samples, {summary.n_tokens:,} tokens",
         f"time         {summary.seconds:.1f} s: {stages}",
+        *([f"collectors   {spent}"] if spent else []),
+        *([f"coverage     {partial}"] if partial else []),
     ]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
@@ -269,18 +402,6 @@ def _plan_table(numbers: dict[str, Any]) -> Table:
     return table
 
 
-def _summary_json(summary: "Summary") -> dict[str, Any]:
-    return {
-        "store": summary.store,
-        "range_table": summary.range_table,
-        "n_samples": summary.n_samples,
-        "n_tokens": summary.n_tokens,
-        "seconds": summary.seconds,
-        "stages": summary.stages,
-        "rows": summary.erasure,
-    }
-
-
 def _assignment(text: str) -> tuple[str, Any]:
     name, separator, value = text.partition("=")
     if not separator or not name:
@@ -289,11 +410,3 @@ def _assignment(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    typer.echo(json.dumps(content))
-
-
-def _console() -> Console:
-    return Console(stderr=True)

@@ -20,6 +20,7 @@ import duckdb
 import pyarrow as pa
 
 from neuronlens.errors import UsageError
+from neuronlens.remote import SharedFiles
 
 Error = duckdb.Error
 KINDS = ("plan", "samples", "partials", "histograms", "raw", "commits", "moments", "overlap", "salience", "ranges")
@@ -47,7 +48,7 @@ def connect(
     temp_directory: str | None = None,
 ) -> duckdb.DuckDBPyConnection:
     """A connection with views over a store: samples, shards, partials, histograms, activations, moments, overlap,
-    salience and ranges.
+    concept_overlap, salience and ranges.
 
     `files` gives the paths or URLs of each kind (see KINDS), as the receipts name them; a kind left out or empty gives
     a view with its columns and no rows. `fs` is the fsspec filesystem of a store that is not local. `memory_limit` is
@@ -73,7 +74,7 @@ def connect(
     con = duckdb.connect(config=config)
     con.execute("set enable_progress_bar = false")  # on by default where Python was not started with a file
     if fs is not None and not _is_local(fs):
-        con.register_filesystem(fs)
+        con.register_filesystem(SharedFiles(fs))
     for name in _SETUP:
         con.execute(read_query(name))
     for kind, paths in (files or {}).items():
@@ -99,6 +100,16 @@ def attach(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], *, f
     con.execute(read_query("views"))
 
 
+def attach_rows(con: duckdb.DuckDBPyConnection, view: str, rows: pa.Table) -> None:
+    """Let a view read rows in memory from now on: for what one query hands to the next and no file keeps."""
+    con.from_arrow(rows).create_view(view, replace=True)
+
+
+def rows_of(con: duckdb.DuckDBPyConnection, view: str) -> pa.Table:
+    """All rows of a view, in no order."""
+    return con.view(view).to_arrow_table()
+
+
 def run_file(con: duckdb.DuckDBPyConnection, name: str, **params: Any) -> pa.Table:
     """The rows of sql/<name>.sql as an Arrow table. `params` are the $names in the file, all of them.
 
@@ -107,14 +118,26 @@ def run_file(con: duckdb.DuckDBPyConnection, name: str, **params: Any) -> pa.Tab
     return con.sql(_checked(name, params), params=params).to_arrow_table()
 
 
-def run_to_parquet(con: duckdb.DuckDBPyConnection, name: str, path: str, **params: Any) -> int:
+def run_to_parquet(
+    con: duckdb.DuckDBPyConnection,
+    name: str,
+    path: str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    **params: Any,
+) -> int:
     """Stream the rows of sql/<name>.sql into one Parquet file at `path` (or URL), zstd-compressed; returns how many.
 
-    The rows are not held in memory at once, and keep the query's order. Raises as `run_file` does.
+    The rows are not held in memory at once, and keep the query's order. `metadata` becomes key-value metadata of the
+    file; its keys are plain names. Raises as `run_file` does.
     """
-    # `path` is a parameter too, so that no quoting is needed: no query may call one of its own `target_path`.
-    text = f"copy (\n{_checked(name, params)}\n) to $target_path ({_OPTIONS})"
-    row = con.execute(text, {**params, "target_path": path}).fetchone()
+    # Path and metadata are parameters too, so that no quoting is needed: no query may begin one of its own with
+    # `target_`.
+    own = {"target_path": path} | {f"target_{key}": value for key, value in (metadata or {}).items()}
+    pairs = ", ".join(f"{key}: $target_{key}" for key in metadata or {})
+    options = f"{_OPTIONS}, kv_metadata {{{pairs}}}" if pairs else _OPTIONS
+    text = f"copy (\n{_checked(name, params)}\n) to $target_path ({options})"
+    row = con.execute(text, {**params, **own}).fetchone()
     assert row is not None
     return int(row[0])
 

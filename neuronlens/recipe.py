@@ -112,6 +112,16 @@ class RangesSection(_Section):
     salience: Literal["mean_abs", "cohens_d", "selectivity"] = "mean_abs"
 
 
+class OverlapSection(_Section):
+    """Which pairs of concepts of a neuron are kept: 100 concepts make 4,950 of them."""
+
+    keep: Literal["auto", "all", "top", "threshold"] = "auto"
+    """`top`: those that overlap most; `threshold`: those that overlap by so much or more; `auto`: all of up to 30
+    concepts, else `top`."""
+    top: int = Field(default=100, ge=1)
+    threshold: float = Field(default=0.5, ge=0, le=1)
+
+
 class ComputeSection(_Section):
     workers: Auto | Annotated[int, Field(ge=1)] = "auto"
     gpus_per_worker: Auto | Annotated[float, Field(ge=0)] = "auto"
@@ -128,6 +138,7 @@ class Recipe(_Section):
     test: TestSection | None = None
     collect: CollectSection = CollectSection()
     ranges: RangesSection = RangesSection()
+    overlap: OverlapSection = OverlapSection()
     compute: ComputeSection = ComputeSection()
     preset: Literal["paper"] | None = None
 

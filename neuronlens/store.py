@@ -13,9 +13,10 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
@@ -23,9 +24,14 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from neuronlens.errors import RunFailed, UsageError
+from neuronlens.retry import Incomplete, retried
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
+_N_READERS = 16
+"""How many files are read side by side from storage behind a network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +51,8 @@ class Store:
 
     def __init__(self, root: str, fs: fsspec.AbstractFileSystem | None = None) -> None:
         if fs is None:
-            fs, root = fsspec.core.url_to_fs(root)
+            # A listing kept from before would hide what other machines have committed since.
+            fs, root = fsspec.core.url_to_fs(root, **({"use_listings_cache": False} if "://" in root else {}))
         self.fs = fs
         self.root = str(Path(root).resolve()) if isinstance(fs, LocalFileSystem) else root.rstrip("/")
 
@@ -74,64 +81,115 @@ class Store:
         return description
 
     def exists(self, relative: str) -> bool:
-        return bool(self.fs.exists(self.path(relative)))
+        return bool(retried(f"look for {self.path(relative)}", lambda: self.fs.exists(self.path(relative))))
 
     def read_json(self, relative: str) -> dict[str, Any]:
+        """Raises FileNotFoundError where there is none, RunFailed where it is not JSON."""
+        path = self.path(relative)
+        payload = retried(f"read {path}", lambda: self.fs.cat_file(path))
         try:
-            return cast(dict[str, Any], json.loads(self.fs.cat_file(self.path(relative))))
+            return cast(dict[str, Any], json.loads(payload))
         except ValueError as error:
             raise RunFailed(
-                f"{self.path(relative)} is not JSON ({error}): it was damaged after it was written. Delete that file; "
+                f"{path} is not JSON ({error}): it was damaged after it was written. Delete that file; "
                 "the same run command then makes it again."
             ) from error
 
     def create_json(self, relative: str, content: Mapping[str, Any]) -> bool:
-        """Write a JSON file if none is there yet; False, and nothing written, where one is."""
-        payload = (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
-        if self.is_local:
-            return _create_local(Path(self.path(relative)), payload)
-        try:
-            self.fs.pipe_file(self.path(relative), payload, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        """Write a JSON file if none is there yet; False, and nothing written, where another one is."""
+        path, payload = self.path(relative), _json_bytes(content)
+
+        def create() -> bool:
+            try:
+                if self.is_local:
+                    _create_local(Path(path), payload)
+                else:
+                    self.fs.pipe_file(path, payload, mode="create")
+            except FileExistsError:
+                # A write that was reported as failed, or tried again below us, may have arrived all the same.
+                return bool(self.fs.cat_file(path) == payload)
+            return True
+
+        return retried(f"create {path}", create)
+
+    def replace_json(self, relative: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file over what is there; a reader sees the old one or the new one."""
+        path, payload = self.path(relative), _json_bytes(content)
+
+        def replace() -> None:
+            if self.is_local:
+                _replace_local(Path(path), payload)
+            else:
+                self.fs.pipe_file(path, payload)
+
+        retried(f"write {path}", replace)
 
     def receipts(self, folder: str) -> list[dict[str, Any]]:
         """Every receipt in `commits` or `statistics`, in the order of their names."""
         names = sorted(name for name in self.names(folder) if name.endswith(".json"))
-        return [self.read_json(f"{folder}/{name}") for name in names]
+        return self._each(lambda name: self.read_json(f"{folder}/{name}"), names)
 
     def names(self, folder: str) -> list[str]:
-        """The names within a folder; none where it does not exist."""
+        """The names within a folder, without unfinished drafts; none where it does not exist."""
+        path = self.path(folder)
         try:
-            listing = self.fs.ls(self.path(folder), detail=False, refresh=True)
+            listing = retried(f"list {path}", lambda: self.fs.ls(path, detail=False, refresh=True))
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return [str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in listing]
+        names = (str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in listing)
+        return [name for name in names if not name.startswith(".")]
 
     def remove(self, relative: str) -> None:
+        path = self.path(relative)
         with contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self.path(relative))
+            retried(f"remove {path}", lambda: self.fs.rm_file(path))
+
+    def _each(self, work: Callable[[str], T], names: Sequence[str]) -> list[T]:
+        """`work` on every name, in their order: side by side where each waits for a network."""
+        if self.is_local or len(names) < 2:
+            return [work(name) for name in names]
+        with ThreadPoolExecutor(_N_READERS) as readers:
+            return list(readers.map(work, names))
 
     # --- data files ------------------------------------------------------------------------------------------------
 
     def write_parquet(
-        self, kind: str, relative: str, schema: pa.Schema, tables: Iterable[pa.Table], **options: Any
+        self, kind: str, relative: str, schema: pa.Schema, tables: Callable[[], Iterable[pa.Table]], **options: Any
     ) -> StoredFile:
-        """Write each table as one row group, hash the bytes on their way, flush. Memory holds one table at a time.
+        """Write each of `tables()` as one row group, hash the bytes on their way, flush. Memory holds one at a time.
 
-        `options` go to pyarrow's ParquetWriter.
+        Where the storage fails in passing, or holds fewer bytes than were written, `tables` is called again for another
+        try. `options` go to pyarrow's ParquetWriter.
         """
-        n_rows = 0
-        with self._created(relative) as raw:
-            sink = _HashingSink(raw)
-            with pq.ParquetWriter(pa.PythonFile(sink, mode="w"), schema, **options) as writer:
-                for table in tables:
-                    writer.write_table(table, row_group_size=max(1, table.num_rows))
-                    n_rows += table.num_rows
-        return StoredFile(
-            kind=kind, path=relative, n_bytes=sink.n_bytes, n_rows=n_rows, blake2b=sink.digest.hexdigest()
-        )
+
+        def write() -> StoredFile:
+            n_rows = 0
+            with self._created(relative) as raw:
+                sink = _HashingSink(raw)
+                with pq.ParquetWriter(pa.PythonFile(sink, mode="w"), schema, **options) as writer:
+                    for table in tables():
+                        writer.write_table(table, row_group_size=max(1, table.num_rows))
+                        n_rows += table.num_rows
+            digest = sink.digest.hexdigest()
+            self._check_size(relative, sink.n_bytes)
+            return StoredFile(kind=kind, path=relative, n_bytes=sink.n_bytes, n_rows=n_rows, blake2b=digest)
+
+        try:
+            return retried(f"write {self.path(relative)}", write)
+        except RunFailed:
+            with contextlib.suppress(Exception):
+                self.fs.rm_file(self.path(relative))
+            raise
+
+    def read_parquet(self, relative: str, row_group: int | None = None) -> pa.Table:
+        """A small Parquet file, or one row group of a large one."""
+
+        def read() -> pa.Table:
+            with self.fs.open(self.path(relative), "rb") as file:
+                parquet = pq.ParquetFile(file)
+                return parquet.read() if row_group is None else parquet.read_row_group(row_group)
+
+        return retried(f"read {self.path(relative)}", read)
 
     def adopt(self, kind: str, relative: str) -> StoredFile:
         """Describe a data file that someone else wrote (DuckDB's COPY): size, rows and digest read back from it."""
@@ -141,46 +199,54 @@ class Store:
     def write_through(self, relative: str, write: Callable[[str], object]) -> None:
         """Let `write` fill a local file, which becomes the store's file: for writers that know only local paths."""
         path = self.path(relative)
-        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        self._make_folder(path)
         if self.is_local:
             write(path)
             return
         with tempfile.TemporaryDirectory(prefix="neuronlens-") as folder:
-            local = str(Path(folder) / Path(path).name)
-            write(local)
-            self.fs.put_file(local, path)
+            local = Path(folder) / Path(path).name
+            write(str(local))
+
+            def put() -> None:
+                self.fs.put_file(str(local), path)
+                self._check_size(relative, local.stat().st_size)
+
+            retried(f"write {path}", put)
 
     @contextlib.contextmanager
     def _created(self, relative: str) -> Iterator[BinaryIO]:
         path = self.path(relative)
-        self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        if not self.is_local:
-            with self.fs.open(path, "wb") as file:
-                yield cast(BinaryIO, file)
-            return
-        with Path(path).open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        self._make_folder(path)
+        with self.fs.open(path, "wb") as file:
+            yield cast(BinaryIO, file)
+            if self.is_local:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _make_folder(self, path: str) -> None:
+        folder = path.rsplit("/", 1)[0]
+        retried(f"make the folder {folder}", lambda: self.fs.makedirs(folder, exist_ok=True))
+
+    def _check_size(self, relative: str, n_bytes: int) -> None:
+        found = self.fs.info(self.path(relative))["size"]
+        if found != n_bytes:
+            raise Incomplete(f"{n_bytes} bytes were written, {found} are there")
 
     # --- what counts -----------------------------------------------------------------------------------------------
 
     def committed_files(self) -> list[StoredFile]:
-        """Every file that a receipt of a shard or of a layer's statistics names."""
-        return [
-            StoredFile(**file)
-            for folder in ("commits", "statistics")
-            for receipt in self.receipts(folder)
-            for file in receipt["files"]
-        ]
+        """Every file that counts: those of the plan, named by store.json, and those that the receipt of a shard or of a
+        layer's statistics names."""
+        receipts = [self.read_json("store.json")] if self.exists("store.json") else []
+        for folder in ("commits", "statistics"):
+            receipts += self.receipts(folder)
+        return [file for receipt in receipts for file in files_of(receipt)]
 
     def file_lists(self) -> dict[str, list[str]]:
         """Full paths by kind, for queries: data files from receipts only, never from a glob."""
         lists: dict[str, list[str]] = {}
         for file in self.committed_files():
             lists.setdefault(file.kind, []).append(self.path(file.path))
-        lists["plan"] = [self.path("plan.parquet")] if self.exists("plan.parquet") else []
-        lists["samples"] = [self.path(f"samples/{name}") for name in sorted(self.names("samples"))]
         lists["commits"] = [self.path(f"commits/{name}") for name in sorted(self.names("commits"))]
         lists["ranges"] = [self.path(f"ranges/{name}/ranges.parquet") for name in self.table_ids()]
         return lists
@@ -190,40 +256,62 @@ class Store:
         return sorted(name for name in self.names("ranges") if self.exists(f"ranges/{name}/table.json"))
 
     def faults(self, on_file: Callable[[StoredFile], None] = lambda _: None) -> list[str]:
-        """What is wrong with the files that receipts name: missing, another size or digest, another number of rows."""
+        """What is wrong with the files that count: missing, another size or digest, another number of rows."""
+        return [fault for fault in self.faults_of(self.committed_files(), on_file) if fault is not None]
+
+    def faults_of(
+        self,
+        files: Sequence[StoredFile],
+        on_file: Callable[[StoredFile], None] = lambda _: None,
+        *,
+        digests: bool = True,
+    ) -> list[str | None]:
+        """For each file the sentence that says what is wrong, or None; looked at side by side. Without `digests`, only
+        sizes are compared."""
         found = []
-        for file in self.committed_files():
-            fault = self.fault_of(file)
-            if fault is not None:
+        with ThreadPoolExecutor(os.cpu_count() if self.is_local else _N_READERS) as readers:
+            looked = readers.map(lambda file: self.fault_of(file, digest=digests), files)
+            for file, fault in zip(files, looked, strict=True):
                 found.append(fault)
-            on_file(file)
+                on_file(file)
         return found
 
-    def fault_of(self, file: StoredFile) -> str | None:
+    def fault_of(self, file: StoredFile, *, digest: bool = True) -> str | None:
         """The sentence that says what is wrong with one file, None where all is right."""
-        if not self.exists(file.path):
+        path = self.path(file.path)
+        try:
+            n_bytes = retried(f"look at {path}", lambda: self.fs.info(path)["size"])
+        except FileNotFoundError:
             return f"{file.path} is missing; its receipt promises {file.n_rows} rows"
-        n_bytes, digest = self._size_and_digest(file.path)
         if n_bytes != file.n_bytes:
             return f"{file.path} has {n_bytes} bytes, its receipt says {file.n_bytes}"
-        if digest != file.blake2b:
-            return f"{file.path} has BLAKE2b {digest}, its receipt says {file.blake2b}: the bytes were changed"
+        if not digest:
+            return None
+        _, found = self._size_and_digest(file.path)
+        if found != file.blake2b:
+            return f"{file.path} has BLAKE2b {found}, its receipt says {file.blake2b}: the bytes were changed"
         n_rows = self._n_rows(file.path)
         if n_rows != file.n_rows:
             return f"{file.path} has {n_rows} rows, its receipt says {file.n_rows}"
         return None
 
     def _size_and_digest(self, relative: str) -> tuple[int, str]:
-        digest, n_bytes = hashlib.blake2b(digest_size=DIGEST_BYTES), 0
-        with self.fs.open(self.path(relative), "rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
-                n_bytes += len(chunk)
-        return n_bytes, digest.hexdigest()
+        def read() -> tuple[int, str]:
+            digest, n_bytes = hashlib.blake2b(digest_size=DIGEST_BYTES), 0
+            with self.fs.open(self.path(relative), "rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+                    n_bytes += len(chunk)
+            return n_bytes, digest.hexdigest()
+
+        return retried(f"read {self.path(relative)}", read)
 
     def _n_rows(self, relative: str) -> int:
-        with self.fs.open(self.path(relative), "rb") as file:
-            return int(pq.ParquetFile(file).metadata.num_rows)
+        def read() -> int:
+            with self.fs.open(self.path(relative), "rb") as file:
+                return int(pq.ParquetFile(file).metadata.num_rows)
+
+        return retried(f"read {self.path(relative)}", read)
 
 
 class _HashingSink(io.RawIOBase):
@@ -260,8 +348,29 @@ def receipt_of(files: Sequence[StoredFile], **fields: Any) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, **fields, "files": [asdict(file) for file in files]}
 
 
-def _create_local(path: Path, payload: bytes) -> bool:
+def files_of(receipt: Mapping[str, Any]) -> list[StoredFile]:
+    """The files that a receipt names."""
+    return [StoredFile(**file) for file in receipt.get("files", [])]
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _create_local(path: Path, payload: bytes) -> None:
     """Create-if-absent that survives a crash at any point: a hard link appears whole or not at all."""
+    with _draft(path, payload) as draft:
+        os.link(draft, path)
+
+
+def _replace_local(path: Path, payload: bytes) -> None:
+    with _draft(path, payload) as draft:
+        draft.rename(path)
+
+
+@contextlib.contextmanager
+def _draft(path: Path, payload: bytes) -> Iterator[Path]:
+    """A flushed file beside `path` that is gone afterwards, under a name that listings leave out."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -269,9 +378,6 @@ def _create_local(path: Path, payload: bytes) -> bool:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
-        os.link(draft, path)
-    except FileExistsError:
-        return False
+        yield draft
     finally:
         draft.unlink(missing_ok=True)
-    return True

@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from neuronlens.batches import TokenBatch, pad
@@ -98,58 +98,81 @@ class CollectSpec:
         )
 
 
-@dataclass(slots=True)
-class _Counted:
-    """What is counted while a shard runs: texts kept, and the sample numbers of each batch."""
+@dataclass(slots=True, kw_only=True)
+class Collected:
+    """What the forward passes over one shard left in memory, to be written and committed."""
 
+    shard: Shard
+    samples: pa.Table
+    capture: Capture
     n_kept: int = 0
     sample_ids: list[np.ndarray] = field(default_factory=list)
+    """The sample numbers of each batch."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """What the time went into. `storage_wait` and `work_wait`: the model stood idle before this shard."""
 
 
 def collect_shard(
     loaded: LoadedModel, spec: CollectSpec, store: Store, shard: Shard, *, n_threads: int = 1
 ) -> dict[str, Any]:
     """Run one shard and commit it. Returns the receipt that counts: ours, or that of another attempt that was first."""
+    collected = run_shard(loaded, spec, shard, read_samples(store, shard), n_threads=n_threads)
+    return commit_shard(spec, store, collected)
+
+
+def run_shard(
+    loaded: LoadedModel, spec: CollectSpec, shard: Shard, samples: pa.Table, *, n_threads: int = 1
+) -> Collected:
+    """The forward passes over one shard. Nothing is read from the store, nothing written."""
     started = time.perf_counter()
-    samples = read_samples(store, shard)
     sites = find_sites(loaded.module, spec.hook_points, spec.layers, spec.modules or None)
     capture = Capture(
         loaded, sites, unit=spec.unit, histograms=spec.histograms, raw=_raw_sites(spec, sites), n_threads=n_threads
     )
-    counted = _forward(loaded, capture, spec, shard, samples)
-    forward_seconds = time.perf_counter() - started
+    collected = Collected(shard=shard, samples=samples, capture=capture)
+    _forward(loaded, spec, collected)
+    statistics_seconds = capture.statistics_seconds
+    forward_seconds = time.perf_counter() - started - statistics_seconds
+    collected.seconds = {"forward": forward_seconds, "statistics": statistics_seconds}
+    return collected
+
+
+def commit_shard(spec: CollectSpec, store: Store, collected: Collected) -> dict[str, Any]:
+    """Write what was collected and create the receipt. Returns the receipt that counts."""
+    started = time.perf_counter()
+    shard, capture = collected.shard, collected.capture
     moments = [accumulator.moments() for accumulator in capture.accumulators]
     attempt = new_attempt()
-    files = [_write_partials(store, shard, attempt, sites, moments)]
+    files = [_write_partials(store, shard, attempt, capture.sites, moments)]
     if spec.histograms:
         files.append(_write_histograms(store, shard, attempt, capture))
-    files += _write_raw(store, shard, attempt, capture, spec, counted.sample_ids)
-    total_seconds = time.perf_counter() - started
+    files += _write_raw(store, shard, attempt, capture, spec, collected.sample_ids)
+    seconds = collected.seconds | {"write": time.perf_counter() - started}
     receipt = receipt_of(
         files,
         shard=shard.shard,
         attempt=attempt,
         concept=shard.concept,
         n_samples=shard.n_samples,
-        n_kept=counted.n_kept,
+        n_kept=collected.n_kept,
         n_tokens=shard.n_tokens,
-        n_truncated=int(np.sum(samples["truncated"].to_numpy())),
+        n_truncated=int(np.sum(collected.samples["truncated"].to_numpy())),
         n_nonfinite=int(sum(part.n_nonfinite_N.sum() for part in moments)),
         versions=package_versions(),
-        seconds={"forward": forward_seconds, "write": total_seconds - forward_seconds, "total": total_seconds},
+        seconds=seconds | {"total": sum(seconds[work] for work in ("forward", "statistics", "write"))},
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    if store.create_json(f"commits/{shard.name}.json", receipt):
+    path = f"commits/{shard.name}.json"
+    if store.create_json(path, receipt):
         return receipt
     for file in files:
         store.remove(file.path)
-    return store.read_json(f"commits/{shard.name}.json")
+    return store.read_json(path)
 
 
 def read_samples(store: Store, shard: Shard) -> pa.Table:
     """The samples of one shard, in the order in which they run."""
-    with store.fs.open(store.path(shard.samples_file), "rb") as file:
-        table = pq.ParquetFile(file).read_row_group(shard.row_group)
+    table = store.read_parquet(shard.samples_file, shard.row_group)
     if table.num_rows != shard.n_samples or table["shard"][0].as_py() != shard.shard:
         raise RunFailed(
             f"{store.path(shard.samples_file)} holds {table.num_rows} samples of shard {table['shard'][0]} in row "
@@ -168,17 +191,15 @@ def batches_of(samples: pa.Table, pad_id: int) -> Iterator[tuple[np.ndarray, Tok
         yield np.arange(first, last), pad(rows[first:last], pad_id=pad_id)
 
 
-def _forward(loaded: LoadedModel, capture: Capture, spec: CollectSpec, shard: Shard, samples: pa.Table) -> _Counted:
-    counted = _Counted()
-    sample_ids = samples["sample"].to_numpy()
-    for rows, batch in batches_of(samples, loaded.pad_id):
+def _forward(loaded: LoadedModel, spec: CollectSpec, collected: Collected) -> None:
+    sample_ids = collected.samples["sample"].to_numpy()
+    for rows, batch in batches_of(collected.samples, loaded.pad_id):
         keep_B = None
         if spec.answers is not None:
-            keep_B = correct_B(loaded, batch, spec.answers[shard.concept])
-        counted.n_kept += len(rows) if keep_B is None else int(keep_B.sum())
-        counted.sample_ids.append(sample_ids[rows])
-        capture.add(batch, keep_B)
-    return counted
+            keep_B = correct_B(loaded, batch, spec.answers[collected.shard.concept])
+        collected.n_kept += len(rows) if keep_B is None else int(keep_B.sum())
+        collected.sample_ids.append(sample_ids[rows])
+        collected.capture.add(batch, keep_B)
 
 
 def _raw_sites(spec: CollectSpec, sites: tuple[Site, ...]) -> dict[int, np.ndarray | None]:
@@ -208,7 +229,7 @@ def _write_partials(
             yield pa.Table.from_pydict(columns, schema=PARTIALS_SCHEMA)
 
     path = f"partials/{shard.name}.{attempt}.parquet"
-    return store.write_parquet("partials", path, PARTIALS_SCHEMA, tables(), **PARTIALS_OPTIONS)
+    return store.write_parquet("partials", path, PARTIALS_SCHEMA, tables, **PARTIALS_OPTIONS)
 
 
 def _write_histograms(store: Store, shard: Shard, attempt: str, capture: Capture) -> StoredFile:
@@ -225,7 +246,7 @@ def _write_histograms(store: Store, shard: Shard, attempt: str, capture: Capture
             yield pa.Table.from_pydict(columns, schema=HISTOGRAMS_SCHEMA)
 
     path = f"histograms/{shard.name}.{attempt}.parquet"
-    return store.write_parquet("histograms", path, HISTOGRAMS_SCHEMA, tables(), **HISTOGRAMS_OPTIONS)
+    return store.write_parquet("histograms", path, HISTOGRAMS_SCHEMA, tables, **HISTOGRAMS_OPTIONS)
 
 
 def _write_raw(
@@ -242,7 +263,7 @@ def _write_raw(
         site = capture.sites[index]
         x_NR = torch.cat(parts).T.float().contiguous().numpy()
         neurons = np.arange(site.width) if spec.raw_neurons is None else np.array(spec.raw_neurons)
-        tables = _raw_tables(site, shard.concept, neurons, x_NR, sample_R, position_R)
+        tables = partial(_raw_tables, site, shard.concept, neurons, x_NR, sample_R, position_R)
         path = f"raw/hook_point={site.hook_point}/layer={site.layer}/{shard.name}.{attempt}.parquet"
         files.append(store.write_parquet("raw", path, RAW_SCHEMA, tables, **RAW_OPTIONS))
     return files

@@ -1,31 +1,37 @@
-"""The main job, end to end: plan, collect, statistics, ranges, evaluation. Every stage goes on where an earlier try
-stopped.
+"""The main job, whole or stage by stage. Every stage goes on where an earlier try stopped, on whatever machine.
 
-    neuronlens run recipe.yaml
+neuronlens run recipe.yaml
+python -m jobs.collect recipe.yaml --store DIR, then jobs.statistics, jobs.ranges and jobs.evaluate
 """
 
 import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import ray
 
-from neuronlens.errors import RunFailed
+from neuronlens.errors import RunFailed, UsageError
+from neuronlens.ranges import RangeTable
 from neuronlens.recipe import Recipe
-from neuronlens.store import Store
+from neuronlens.store import Store, files_of
 from pipeline.collect import CollectSpec
+from pipeline.coverage import coverage_of
 from pipeline.emit import emit_table
 from pipeline.erasure import evaluate_table
+from pipeline.lease import Lease
 from pipeline.plan import Plan, Shard, check_room, freeze, make_plan
 from pipeline.pool import Failure, Pool
+from pipeline.progress import QUARANTINE, CollectProgress
 from pipeline.statistics import compute_statistics, layers_of
-from pipeline.workers import Layout, Spares, WorkerSpec, actor_factory, choose_layout
+from pipeline.stopping import StopSignals
+from pipeline.workers import DEPTH, Layout, Spares, WorkerSpec, choose_layout, worker_starter
 
 DEFAULT_FOLDER = "neuronlens-runs"
+_N_ROWS_TOLD = 20
 
 
 class Reporter(Protocol):
@@ -49,7 +55,7 @@ class Silent:
 
 @dataclass(slots=True, kw_only=True)
 class Summary:
-    """What a run made and how long each stage took."""
+    """What a run made, how long each stage took, and what the collectors' seconds went into."""
 
     store: str = ""
     range_table: str = ""
@@ -57,7 +63,15 @@ class Summary:
     n_tokens: int = 0
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
+    collector_seconds: dict[str, float] = field(default_factory=dict)
+    bytes_written: dict[str, int] = field(default_factory=dict)
+    coverage: dict[str, int] = field(default_factory=dict)
     erasure: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json. `rows` are those of the evaluation."""
+        shown = asdict(self)
+        return shown | {"rows": shown.pop("erasure")}
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -68,95 +82,215 @@ class Summary:
             self.stages[stage] = round(time.perf_counter() - started, 3)
 
 
-def run(recipe: Recipe, *, name: str, store_root: str | None = None, reporter: Reporter | None = None) -> Summary:
-    """Do the whole job, or what is left of it. Needs Ray to be running (`ray_session`).
+@dataclass(slots=True, kw_only=True)
+class Driver:
+    """One process that works on one store: what its stages share. Use it as a context; Ray must be running.
 
-    Without `store_root` the store lies in neuronlens-runs/, named by `name` and the hash of what decides its content.
-
-    Raises UsageError before anything heavy for whatever is wrong with the recipe, the data or the store; RunFailed
-    where shards were quarantined.
+    `allow_partial` goes on without the shards that were given up. `trust_files` compares only the sizes of files that
+    were committed before, not their digests.
     """
-    reporter = reporter or Silent()
-    summary, started = Summary(), time.perf_counter()
-    with Spares(recipe.compute) as spares:
-        with summary.timed("plan"), reporter.stage("plan", 1, "plan") as advance:
-            plan = make_plan(recipe, device_type=_device_type(recipe))
+
+    recipe: Recipe
+    reporter: Reporter = field(default_factory=Silent)
+    allow_partial: bool = False
+    trust_files: bool = False
+    summary: Summary = field(default_factory=Summary)
+    _stop: StopSignals = field(default_factory=StopSignals)
+    _started: float = field(default_factory=time.perf_counter)
+
+    def __enter__(self) -> "Driver":
+        self._stop.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.__exit__(*error)
+        self.summary.seconds = round(time.perf_counter() - self._started, 3)
+
+    def plan(self, *, name: str, store_root: str | None) -> tuple[Plan, Store]:
+        """What there is to do, and the store for it: `store_root`, or neuronlens-runs/ and the hash of what decides its
+        content. Raises UsageError for whatever is wrong with the recipe or the data. Writes nothing."""
+        with self.summary.timed("plan"), self.reporter.stage("plan", 1, "plan") as advance:
+            plan = make_plan(self.recipe, device_type=_device_type(self.recipe))
             store = Store(store_root or f"{DEFAULT_FOLDER}/{name}-{plan.store_hash[:12]}")
             if not store.exists("store.json"):
                 check_room(plan, store)
-            shards = freeze(plan, store)
             advance(1)
-        summary.store, summary.n_samples, summary.n_tokens = store.root, plan.n_samples, plan.n_tokens
+        self.summary.store, self.summary.n_samples, self.summary.n_tokens = store.root, plan.n_samples, plan.n_tokens
         n_truncated = plan.description["dataset"]["n_truncated"]
         if n_truncated:
-            reporter.say(f"{n_truncated:,} texts are longer than the model's window and were cut.")
-        reporter.say(plan.estimate.raw_note)
-        with summary.timed("collect"):
-            collect(recipe, plan, store, shards, reporter, spares)
-    n_nonfinite = sum(receipt["n_nonfinite"] for receipt in store.receipts("commits"))
-    if n_nonfinite:
-        reporter.say(f"{n_nonfinite:,} activations are NaN or infinite; they are counted apart, in n_nonfinite.")
-    with (
-        summary.timed("statistics"),
-        reporter.stage("statistics", len(layers_of(plan.description)), "layers") as advance,
-    ):
-        compute_statistics(
-            store, tau=recipe.ranges.tau, memory_limit=recipe.compute.memory_limit, on_done=lambda _: advance(1)
+            self.reporter.say(f"{n_truncated:,} texts are longer than the model's window and were cut.")
+        self.reporter.say(plan.estimate.raw_note)
+        return plan, store
+
+    @contextlib.contextmanager
+    def holding(self, store: Store, purpose: str) -> Iterator[Lease]:
+        """No other driver works on the store meanwhile. Raises StoreHeld where one does."""
+        with Lease(store, purpose, self.reporter.say) as lease:
+            yield lease
+
+    def collect(self, plan: Plan, store: Store, lease: Lease, spares: Spares | None = None) -> None:
+        """Freeze the plan, or go on with the one that is frozen, and run the shards that no receipt names yet.
+
+        Raises RunFailed where shards were given up, unless the recipe's person allows that.
+        """
+        with self.summary.timed("collect"):
+            shards = freeze(plan, store)
+            plan = replace(plan, members=())  # all the texts: workers read theirs from the store
+            committed = self._intact(store)
+            todo = sorted(
+                (shard for shard in shards if shard.name not in committed),
+                key=lambda shard: (-shard.n_tokens, shard.shard),
+            )
+            if len(todo) < len(shards):
+                self.reporter.say(f"{len(shards) - len(todo)} of {len(shards)} shards are committed already.")
+            failures = self._run_shards(plan, store, shards, todo, lease, spares) if todo else []
+        n_nonfinite = sum(receipt["n_nonfinite"] for receipt in store.receipts("commits"))
+        if n_nonfinite:
+            self.reporter.say(
+                f"{n_nonfinite:,} activations are NaN or infinite; they are counted apart, in n_nonfinite."
+            )
+        if failures and (not self.allow_partial or len(failures) == len(shards)):
+            raise RunFailed(_told(failures, len(shards), store))
+        if failures:
+            self.reporter.say(_told(failures, len(shards), store))
+
+    def statistics(self, store: Store) -> None:
+        """Moments, overlap and salience of every layer, from the shards that are committed.
+
+        Raises UsageError where shards are missing, unless that is allowed.
+        """
+        coverage = self.summary.coverage = coverage_of(store)
+        if coverage["n_shards"] < coverage["n_planned_shards"] and not self.allow_partial:
+            raise UsageError(
+                f"{store.root} holds {coverage['n_shards']} of {coverage['n_planned_shards']} planned shards. Expected "
+                "all of them: collect the others first, or go on without them by --allow-partial."
+            )
+        if not coverage["n_shards"]:
+            raise UsageError(
+                f"{store.root} holds no shard yet. Collect first: python -m jobs.collect RECIPE --store ..."
+            )
+        layers = layers_of(store.describe())
+        with self.summary.timed("statistics"), self.reporter.stage("statistics", len(layers), "layers") as advance:
+            compute_statistics(
+                store,
+                tau=self.recipe.ranges.tau,
+                overlap=self.recipe.overlap,
+                memory_limit=self.recipe.compute.memory_limit,
+                on_done=lambda _: advance(1),
+            )
+
+    def ranges(self, store: Store) -> RangeTable:
+        """The range table that the recipe asks for."""
+        asked = self.recipe.ranges
+        with self.summary.timed("ranges"):
+            table = emit_table(store, tau=asked.tau, top_fraction=asked.top_fraction, salience=asked.salience)
+        self.summary.range_table = table.id
+        return table
+
+    def evaluate(self, store: Store, table: RangeTable) -> None:
+        """What the table erases and spares, where the recipe has a test."""
+        if self.recipe.test is not None:
+            with self.summary.timed("evaluate"), self._stop.gently():
+                self.summary.erasure = evaluate_table(
+                    self.recipe, store, table, self.reporter, stop_requested=lambda: self._stop.requested
+                )
+
+    def _intact(self, store: Store) -> set[str]:
+        """The names of the shards whose receipts and files are whole. What is not is taken away, to be made again."""
+        receipts = {}
+        for name in store.names("commits"):
+            try:
+                receipts[name.removesuffix(".json")] = store.read_json(f"commits/{name}")
+            except RunFailed as error:
+                self.reporter.say(f"{error} It is collected again.")
+                store.remove(f"commits/{name}")
+        files = [(name, file) for name, receipt in receipts.items() for file in files_of(receipt)]
+        n_bytes = sum(file.n_bytes for _, file in files)
+        if not files:
+            return set()
+        with self.reporter.stage("check", n_bytes, "bytes") as advance:
+            faults = store.faults_of(
+                [file for _, file in files], lambda file: advance(file.n_bytes), digests=not self.trust_files
+            )
+        damaged = {name for (name, _), fault in zip(files, faults, strict=True) if fault is not None}
+        for fault in filter(None, faults):
+            self.reporter.say(f"damaged since it was committed: {fault}. Its shard is collected again.")
+        for name in damaged:
+            store.remove(f"commits/{name}.json")
+            for file in files_of(receipts[name]):
+                store.remove(file.path)
+        return set(receipts) - damaged
+
+    def _run_shards(
+        self,
+        plan: Plan,
+        store: Store,
+        shards: Sequence[Shard],
+        todo: Sequence[Shard],
+        lease: Lease,
+        spares: Spares | None,
+    ) -> list[Failure[Shard]]:
+        compute, worker_bytes = self.recipe.compute, plan.estimate.total_worker_memory_bytes
+
+        def layout_now() -> Layout:
+            return choose_layout(compute, n_jobs=len(todo), worker_memory_bytes=worker_bytes)
+
+        layout = layout_now()
+        spec = WorkerSpec(
+            model=self.recipe.model,
+            store=store,
+            layout=layout,
+            collect=CollectSpec.of(plan.description, plan.answers),
         )
-    with summary.timed("ranges"):
-        table = emit_table(
-            store,
-            tau=recipe.ranges.tau,
-            top_fraction=recipe.ranges.top_fraction,
-            salience=recipe.ranges.salience,
-        )
-    summary.range_table = table.id
-    if recipe.test is not None:
-        with summary.timed("evaluate"):
-            summary.erasure = evaluate_table(recipe, store, table, reporter)
-    summary.seconds = round(time.perf_counter() - started, 3)
-    return summary
+        self.reporter.say(f"collecting with {_layout_text(layout)}")
+        with (
+            self._stop.gently(),
+            self.reporter.stage("collect", sum(shard.n_tokens for shard in todo), "tokens") as advance,
+        ):
+            progress = CollectProgress(
+                store,
+                shards,
+                todo,
+                stop=self._stop,
+                check=lease.check,
+                on_tokens=advance,
+                say=self.reporter.say,
+            )
+            starter = worker_starter(spec, spares)
+            try:
+                with Pool[Shard](start=starter, size=lambda: layout_now().n_workers, depth=DEPTH) as pool:
+                    failures = pool.run(todo, lambda actor, shard: actor.collect.remote(shard), progress)
+            finally:
+                progress.write("stopped" if self._stop.requested else "collected")
+                self.summary.collector_seconds = progress.seconds
+                self.summary.bytes_written = progress.bytes_written
+        return failures
 
 
-def collect(
+def run(
     recipe: Recipe,
-    plan: Plan,
-    store: Store,
-    shards: tuple[Shard, ...],
-    reporter: Reporter,
-    spares: Spares | None = None,
-) -> None:
-    """Run the shards that no receipt names yet, longest first."""
-    committed = set(store.names("commits"))
-    todo = sorted(
-        (shard for shard in shards if f"{shard.name}.json" not in committed),
-        key=lambda shard: (-shard.n_tokens, shard.shard),
-    )
-    if len(todo) < len(shards):
-        reporter.say(f"{len(shards) - len(todo)} of {len(shards)} shards are committed already.")
-    if not todo:
-        return
-    layout = choose_layout(
-        recipe.compute, n_jobs=len(todo), worker_memory_bytes=plan.estimate.total_worker_memory_bytes
-    )
-    spec = WorkerSpec(
-        model=recipe.model,
-        store=store,
-        layout=layout,
-        collect=CollectSpec.of(plan.description, plan.answers),
-    )
-    reporter.say(f"collecting with {_layout_text(layout)}")
-    with (
-        reporter.stage("collect", sum(shard.n_tokens for shard in todo), "tokens") as advance,
-        Pool(make_actor=actor_factory(spec, spares), size=layout.n_workers) as pool,
-    ):
-        failures = pool.run(
-            todo,
-            submit=lambda actor, shard: actor.collect.remote(shard),
-            on_done=lambda shard, _: advance(shard.n_tokens),
-        )
-    if failures:
-        raise RunFailed(_quarantined(failures, len(shards)))
+    *,
+    name: str,
+    store_root: str | None = None,
+    reporter: Reporter | None = None,
+    allow_partial: bool = False,
+    trust_files: bool = False,
+) -> Summary:
+    """Do the whole job, or what is left of it. Needs Ray to be running (`ray_session`).
+
+    Raises UsageError before anything heavy for whatever is wrong with the recipe, the data or the store; RunFailed
+    where shards were quarantined; StoreHeld where another driver works on the store; Stopped after a signal.
+    """
+    reporter = reporter or Silent()
+    driver = Driver(recipe=recipe, reporter=reporter, allow_partial=allow_partial, trust_files=trust_files)
+    with driver, Spares(recipe.compute) as spares:
+        plan, store = driver.plan(name=name, store_root=store_root)
+        with driver.holding(store, "neuronlens run") as lease:
+            driver.collect(plan, store, lease, spares)
+            driver.statistics(store)
+            table = driver.ranges(store)
+            driver.evaluate(store, table)
+    return driver.summary
 
 
 @contextlib.contextmanager
@@ -171,7 +305,12 @@ def ray_session(n_cpus: int | None = None) -> Iterator[None]:
         ray.init(logging_level="ERROR", log_to_driver=False)
     else:
         ray.init(
-            num_cpus=n_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False, configure_logging=True
+            address="local",
+            num_cpus=n_cpus,
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,
+            configure_logging=True,
         )
     try:
         yield
@@ -198,15 +337,18 @@ def _layout_text(layout: Layout) -> str:
     return f"{workers} on the CPU, {layout.n_threads} thread{'s' if layout.n_threads > 1 else ''} each"
 
 
-def _quarantined(failures: list[Failure[Shard]], n_shards: int) -> str:
-    lines = [
-        f"{failure.job.name} (concept {failure.job.concept}, {failure.job.n_samples} samples): failed "
-        f"{failure.n_tries} times, last because {failure.reason}"
-        for failure in failures
-    ]
+def _told(failures: Sequence[Failure[Shard]], n_shards: int, store: Store) -> str:
+    lines = []
+    for failure in failures:
+        shard, rows = failure.job, store.read_json(f"{QUARANTINE}/{failure.job.name}.json")["rows"]
+        more = f" and {len(rows) - _N_ROWS_TOLD:,} more" if len(rows) > _N_ROWS_TOLD else ""
+        lines.append(
+            f"{shard.name} (concept {shard.concept}, {shard.n_samples} texts): failed {failure.n_tries} times, last "
+            f"because {failure.reason}\n    rows of the data: {', '.join(map(str, rows[:_N_ROWS_TOLD]))}{more}"
+        )
     return (
         f"{len(failures)} of {n_shards} shards failed and are quarantined; the others are committed.\n  "
         + "\n  ".join(lines)
-        + '\n  Their texts: neuronlens sql STORE "select sample, row, text from samples where shard = N". '
-        "Mend the reason and run the same command again."
+        + f"\n  All their texts' ids stand in {store.path(QUARANTINE)}/. Mend the reason and run the same command "
+        "again, or go on without them: --allow-partial."
     )

@@ -1,11 +1,12 @@
 """The ranges stage: from a store's moments and salience to an immutable range table."""
 
-from typing import Any
-
 from neuronlens.errors import UsageError
 from neuronlens.query import connect, run_file
 from neuronlens.ranges import RangeTable, TableModel
+from neuronlens.retry import retried
 from neuronlens.store import Store
+from pipeline.coverage import coverage_of
+from pipeline.statistics import inputs_hash
 
 
 def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) -> RangeTable:
@@ -14,13 +15,14 @@ def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) 
     Raises UsageError where the store has no statistics yet, or where no concept has a range.
     """
     description = store.describe()
-    lists = store.file_lists()
-    if not lists.get("moments"):
+    commits, statistics = store.receipts("commits"), store.receipts("statistics")
+    if not statistics or any(receipt["inputs"] != inputs_hash(commits) for receipt in statistics):
         raise UsageError(
-            f"{store.root} has no moments yet: {len(lists['commits'])} shards are committed, but the statistics were "
-            "not made. Finish the run first: the same 'neuronlens run' command goes on where it stopped."
+            f"{store.root} holds {len(commits)} shards, and {'no' if not statistics else 'older'} statistics. Expected "
+            "statistics of these shards: make them with 'python -m jobs.statistics STORE', or let the same 'neuronlens "
+            "run' command go on where it stopped."
         )
-    with connect(lists, fs=store.fs) as con:
+    with connect(store.file_lists(), fs=store.fs) as con:
         rows = run_file(con, "ranges", tau=tau, top_fraction=top_fraction, salience=salience)
     model = description["model"]
     table = RangeTable.make(
@@ -32,9 +34,9 @@ def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) 
         model=TableModel(id=model["id"], revision=model["revision"], config_hash=model["config_hash"]),
         unit=description["unit"],
         widths=description["widths"],
-        coverage=coverage_of(store),
+        coverage=coverage_of(store, commits),
     )
-    table.save(store.root, store.fs)
+    retried(f"write the table {table.id} into {store.root}", lambda: table.save(store.root, store.fs))
     return table
 
 
@@ -53,14 +55,3 @@ def load_table(store: Store, table_id: str | None) -> RangeTable:
             f"'neuronlens ranges {store.root}'."
         )
     return RangeTable.load(store.path(f"ranges/{table_id}"), store.fs)
-
-
-def coverage_of(store: Store) -> dict[str, Any]:
-    """How much of the plan a store holds."""
-    planned = store.describe()["dataset"]["n_rows"]
-    commits = store.receipts("commits")
-    return {
-        "n_shards": len(commits),
-        "n_samples": sum(receipt["n_samples"] for receipt in commits),
-        "n_planned": planned,
-    }

@@ -4,6 +4,7 @@ neuronlens evaluate STORE
 """
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from neuronlens.errors import RunFailed, UsageError
@@ -16,8 +17,9 @@ from neuronlens.recipe import Recipe, TestSection, parse_recipe, with_changes
 from neuronlens.sources import load_labelled
 from neuronlens.store import Store, content_hash
 from pipeline.plan import TOKENS_PER_BATCH, check_answers
-from pipeline.pool import Pool
-from pipeline.workers import WorkerSpec, actor_factory, choose_layout
+from pipeline.pool import Pool, Watcher
+from pipeline.stopping import GRACE_SECONDS
+from pipeline.workers import WorkerSpec, choose_layout, worker_starter
 
 if TYPE_CHECKING:
     from pipeline.driver import Reporter
@@ -32,11 +34,17 @@ def recipe_of(store: Store, changes: list[str] | None = None) -> Recipe:
 
 
 def evaluate_table(
-    recipe: Recipe, store: Store, table: RangeTable, reporter: "Reporter", edit: Edit = ZERO
+    recipe: Recipe,
+    store: Store,
+    table: RangeTable,
+    reporter: "Reporter",
+    edit: Edit = ZERO,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
     """A row per concept and condition; kept in the store, so that the same evaluation is not run twice.
 
     `edit` says what is done to the salient neurons, and in which layers; by default all of the table's are zeroed.
+    Gives no rows, and keeps none, where `stop_requested` says so before the end.
 
     Raises UsageError where the recipe has no test, or its texts do not fit the table; RunFailed where a case failed.
     """
@@ -55,9 +63,17 @@ def evaluate_table(
     if store.exists(kept):
         reporter.say(f"evaluated before: {kept}")
         return list(store.read_json(kept)["rows"])
-    results = _run_cases(recipe, store, table, edit, texts, answers, skeleton, reporter)
+    results = _run_cases(recipe, store, table, edit, texts, answers, skeleton, reporter, stop_requested)
+    if stop_requested():
+        return []
     rows = [dict(row) for row in erasure_rows(texts, results[0], results[1:])]
-    done = {"table": table.id, "edit": edit.model_dump(mode="json"), "n_texts": len(texts), "rows": rows}
+    done = {
+        "table": table.id,
+        "edit": edit.model_dump(mode="json"),
+        "coverage": table.header.coverage,
+        "n_texts": len(texts),
+        "rows": rows,
+    }
     store.create_json(kept, done)
     return rows
 
@@ -89,6 +105,7 @@ def _run_cases(
     answers: dict[str, int] | None,
     skeleton: LoadedModel,
     reporter: "Reporter",
+    stop_requested: Callable[[], bool],
 ) -> list[CaseResult]:
     import ray
 
@@ -100,20 +117,13 @@ def _run_cases(
         tokens_per_batch = TOKENS_PER_BATCH[layout.device_type]
     spec = WorkerSpec(model=recipe.model, store=store, layout=layout, tokens_per_batch=tokens_per_batch)
     table_ref, texts_ref = ray.put(table), ray.put(texts)
-    found: dict[Case, CaseResult] = {}
-
-    def keep(case: Case, result: CaseResult) -> None:
-        found[case] = result
-        advance(len(texts))
-
     with (
         reporter.stage("evaluate", len(cases) * len(texts), "texts") as advance,
-        Pool(make_actor=actor_factory(spec), size=layout.n_workers) as pool,
+        Pool[Case](start=worker_starter(spec), size=lambda: layout.n_workers) as pool,
     ):
+        kept = _Results(on_done=lambda: advance(len(texts)), stop_requested=stop_requested)
         failures = pool.run(
-            cases,
-            submit=lambda actor, case: actor.evaluate.remote(table_ref, edit, case, texts_ref, answers),
-            on_done=keep,
+            cases, lambda actor, case: actor.evaluate.remote(table_ref, edit, case, texts_ref, answers), kept
         )
     if failures:
         raise RunFailed(
@@ -121,7 +131,25 @@ def _run_cases(
             f"{failures[0].job.concept}) because {failures[0].reason}. The store and its table are whole: mend the "
             f"reason and run 'neuronlens evaluate {store.root} --table {table.id}'."
         )
-    return [found[case] for case in cases]
+    return [kept.found[case] for case in cases if case in kept.found]
+
+
+class _Results(Watcher[Case]):
+    """Keeps what each case gave."""
+
+    def __init__(self, *, on_done: Callable[[], None], stop_requested: Callable[[], bool]) -> None:
+        self.found: dict[Case, CaseResult] = {}
+        self._on_done, self._stop_requested = on_done, stop_requested
+
+    def done(self, job: Case, result: CaseResult) -> None:
+        self.found[job] = result
+        self._on_done()
+
+    def stop_requested(self) -> bool:
+        return self._stop_requested()
+
+    def grace_seconds(self) -> float:
+        return GRACE_SECONDS
 
 
 def _check_concepts(concepts: Counter[str], table: RangeTable, test: TestSection) -> None:

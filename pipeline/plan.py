@@ -12,16 +12,16 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from neuronlens.batches import batches_by_length
-from neuronlens.errors import UsageError
+from neuronlens.errors import RunFailed, UsageError
 from neuronlens.histograms import N_BINS
 from neuronlens.hookpoints import Site, config_of, find_sites
 from neuronlens.identity import model_identity, tokenizer_hash
@@ -29,7 +29,7 @@ from neuronlens.models import LoadedModel, load_model
 from neuronlens.prompts import answer_token_ids, encode_prompts
 from neuronlens.recipe import RawNeurons, Recipe
 from neuronlens.sources import LabelledText, load_labelled
-from neuronlens.store import FORMAT_VERSION, Store, content_hash
+from neuronlens.store import FORMAT_VERSION, Store, StoredFile, content_hash, files_of
 
 MIN_SHARD_TOKENS = 32_768
 MAX_SHARD_TOKENS = 4_194_304
@@ -188,19 +188,24 @@ def freeze(plan: Plan, store: Store) -> tuple[Shard, ...]:
     Raises UsageError where the store's content was decided by another recipe, model or data.
     """
     if not store.exists("store.json"):
-        _write_samples(plan, store)
-        store.write_parquet("plan", "plan.parquet", PLAN_SCHEMA, [_plan_table(plan.shards)])
-        store.create_json("store.json", plan.description)
+        files = _write_samples(plan, store)
+        files.append(store.write_parquet("plan", "plan.parquet", PLAN_SCHEMA, lambda: iter([_plan_table(plan.shards)])))
+        store.create_json("store.json", plan.description | {"files": [asdict(file) for file in files]})
     kept = store.describe()
     if kept["store_hash"] != plan.store_hash:
         raise UsageError(_difference(store.root, kept, plan.description))
+    damaged = [fault for fault in store.faults_of(files_of(kept)) if fault is not None]
+    if damaged:
+        raise RunFailed(
+            f"{store.root}: the frozen plan was damaged: {damaged[0]}. Restore that file, or start again with a new "
+            "--store."
+        )
     return load_shards(store)
 
 
 def load_shards(store: Store) -> tuple[Shard, ...]:
     """The frozen shard list of a store."""
-    with store.fs.open(store.path("plan.parquet"), "rb") as file:
-        return tuple(Shard(**row) for row in pq.read_table(file).to_pylist())
+    return tuple(Shard(**row) for row in store.read_parquet("plan.parquet").to_pylist())
 
 
 def check_room(plan: Plan, store: Store) -> None:
@@ -434,7 +439,7 @@ def _describe(
 
 
 def _difference(root: str, kept: dict[str, Any], wanted: dict[str, Any]) -> str:
-    ours = ("store_hash", "recipe", "versions", "created_at")
+    ours = ("store_hash", "recipe", "versions", "created_at", "files")
     keys = [key for key in wanted if key not in ours and kept.get(key) != wanted[key]]
     shown = "; ".join(
         f"{key}: {_short(kept.get(key))} in the store, {_short(wanted[key])} asked for" for key in keys[:3]
@@ -454,13 +459,18 @@ def _plan_table(shards: tuple[Shard, ...]) -> pa.Table:
     return pa.Table.from_pylist([asdict(shard) for shard in shards], schema=PLAN_SCHEMA)
 
 
-def _write_samples(plan: Plan, store: Store) -> None:
+def _write_samples(plan: Plan, store: Store) -> list[StoredFile]:
     files: dict[str, list[int]] = {}
     for index, shard in enumerate(plan.shards):
         files.setdefault(shard.samples_file, []).append(index)
-    for path, indices in files.items():
-        tables = (_samples_table(plan.shards[index], *plan.members[index]) for index in indices)
-        store.write_parquet("samples", path, SAMPLES_SCHEMA, tables, compression="zstd")
+
+    def tables(indices: list[int]) -> Iterator[pa.Table]:
+        return (_samples_table(plan.shards[index], *plan.members[index]) for index in indices)
+
+    return [
+        store.write_parquet("samples", path, SAMPLES_SCHEMA, partial(tables, indices), compression="zstd")
+        for path, indices in files.items()
+    ]
 
 
 def _samples_table(shard: Shard, samples: tuple[Sample, ...], batch_of: tuple[int, ...]) -> pa.Table:

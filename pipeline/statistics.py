@@ -1,48 +1,94 @@
 """The statistics stage: DuckDB merges the partials of one layer into moments, overlap and salience. One Ray task a
-layer."""
+layer, which takes its threads from Ray and its memory and scratch space from the node that runs it.
 
+    NEURONLENS_SCRATCH=/fast/disk neuronlens run recipe.yaml     # where queries spill; by default the system's TMPDIR
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 
-from neuronlens.errors import RunFailed
-from neuronlens.query import attach, connect, run_to_parquet
-from neuronlens.store import Store, content_hash, new_attempt, receipt_of
+from neuronlens.errors import NeuronLensError, RunFailed
+from neuronlens.query import attach, attach_rows, connect, rows_of, run_file, run_to_parquet
+from neuronlens.recipe import OverlapSection
+from neuronlens.store import Store, StoredFile, content_hash, files_of, new_attempt, receipt_of
+from pipeline.coverage import coverage_of
 
-QUERIES = {"moments": "merge", "overlap": "overlap", "salience": "salience"}
-"""Kind of file -> the query in sql/ that makes it, in the order in which they need each other."""
-DEFAULT_MEMORY_SHARE = 0.6
+MEMORY_SHARE = 0.6
 """Of a node's memory, what all the SQL tasks on it may use together before they spill."""
+MIN_MEMORY_BYTES = 512 * 2**20
+MAX_TASK_RETRIES = 3
+"""How often Ray starts a layer again whose worker or node died."""
+AUTO_PAIRS = 435
+"""`keep: auto` keeps all pairs of up to 30 concepts: 435 rows of 20 bytes a neuron, which is less than its partials
+take (30 rows of 46 bytes in each of 8 or more shards), so that overlap never becomes the largest part of a store."""
+BLOCK_CONCEPTS = 16_384
+BLOCK_PAIRS = 400_000
+"""A block has at most so many neurons times concepts, and neurons times pairs: with 14 and with 100 concepts 0.3 and
+0.4 GB in use, as fast as a block of any other size (docs/benchmarks.md)."""
+SCRATCH_VARIABLE = "NEURONLENS_SCRATCH"
+
+_ROW_GROUP_ROWS = 131_072
+_KEY_COLUMNS = ["layer", "hook_point", "concept_a", "concept_b", "tau"]
+_SCORE_COLUMNS = ["ovl", "ovl_gaussian", "bhattacharyya", "range_jaccard", "b_in_a", "a_in_b"]
+_OVERLAP_OPTIONS: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 3,
+    "use_dictionary": _KEY_COLUMNS,
+    "column_encoding": {"neuron": "DELTA_BINARY_PACKED"} | dict.fromkeys(_SCORE_COLUMNS, "BYTE_STREAM_SPLIT"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What one SQL task may use."""
+    """What one SQL task may use: threads, bytes of memory, and the folder in which it spills what is more."""
 
     n_threads: int
     memory_bytes: int
+    scratch: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One unit of the stage: a hook point of a layer."""
+    """One unit of the stage: a hook point of a layer, `width` neurons wide."""
 
     hook_point: str
     layer: int
+    width: int
 
     @property
     def name(self) -> str:
         return f"{self.hook_point}.{self.layer:03d}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What decides a layer's statistics besides its inputs: where it differs, a kept layer is made again."""
+
+    tau: float
+    overlap: dict[str, Any]
+    """Which pairs are kept, as `kept_pairs` says it."""
+
+    def matches(self, receipt: Mapping[str, Any]) -> bool:
+        return bool(receipt["tau"] == self.tau and receipt.get("overlap") == self.overlap)
+
+
 def layers_of(description: dict[str, Any]) -> list[Layer]:
     return [
-        Layer(hook_point=hook_point, layer=layer)
+        Layer(hook_point=hook_point, layer=layer, width=description["widths"][hook_point])
         for hook_point in description["hook_points"]
         for layer in description["layers"]
     ]
@@ -53,95 +99,416 @@ def inputs_hash(commits: Sequence[dict[str, Any]]) -> str:
     return content_hash([[receipt["shard"], receipt["attempt"]] for receipt in commits])
 
 
+def kept_pairs(section: OverlapSection, n_concepts: int) -> dict[str, Any]:
+    """What a recipe's overlap section comes to with so many concepts: `keep`, and its number."""
+    keep = section.keep
+    if keep == "auto":
+        keep = "all" if _n_pairs(n_concepts) <= AUTO_PAIRS else "top"
+    numbers: dict[str, dict[str, Any]] = {"top": {"top": section.top}, "threshold": {"threshold": section.threshold}}
+    return {"keep": keep, **numbers.get(keep, {})}
+
+
+# --- all layers, on a cluster ----------------------------------------------------------------------------------------
+
+
+def compute_statistics(
+    store: Store,
+    *,
+    tau: float,
+    memory_limit: int | None,
+    on_done: Callable[[dict[str, Any]], None],
+    overlap: OverlapSection | None = None,
+) -> None:
+    """Every layer of the store, as Ray tasks that share the cluster's cores; `on_done` gets each layer's receipt.
+
+    A layer that fails does not stop the others. Raises RunFailed naming what failed and why.
+    """
+    layers = layers_of(store.describe())
+    commits = store.receipts("commits")
+    n_concepts = len({receipt["concept"] for receipt in commits})
+    settings = Settings(tau=tau, overlap=kept_pairs(overlap or OverlapSection(), n_concepts))
+    options = _task_options([node["Resources"] for node in ray.nodes() if node["Alive"]], len(layers), memory_limit)
+    task = ray.remote(_compute_layer_here).options(max_retries=MAX_TASK_RETRIES, **options)
+    shared = ray.put(commits)
+    coverage = coverage_of(store, commits)
+    pending = {
+        task.remote(store, layer, shared, settings=settings, coverage=coverage, memory_limit=memory_limit): layer
+        for layer in layers
+    }
+    failures: list[tuple[Layer, BaseException]] = []
+    try:
+        while pending:
+            done, _ = ray.wait(list(pending), num_returns=1)
+            layer = pending.pop(done[0])
+            try:
+                receipt = ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                failures.append((layer, getattr(error, "cause", None) or error))
+            else:
+                on_done(receipt)
+    finally:
+        for ref in pending:
+            ray.cancel(ref)
+    if failures:
+        raise RunFailed(_failed(failures, len(layers))) from failures[0][1]
+
+
+def _task_options(
+    nodes: Sequence[Mapping[str, float]], n_layers: int, memory_limit: int | None
+) -> dict[str, float | int]:
+    """CPUs and memory that each task asks of Ray, given the resources of the nodes: no more than one node has."""
+    n_threads = threads_a_layer([node.get("CPU", 0.0) for node in nodes], n_layers)
+    able = [node for node in nodes if node.get("CPU", 0.0) >= n_threads and node.get("memory")]
+    options: dict[str, float | int] = {"num_cpus": n_threads}
+    if able and memory_limit is not None:
+        options["memory"] = int(min(memory_limit, max(node["memory"] for node in able)))
+    elif able:
+        options["memory"] = int(min(node["memory"] * MEMORY_SHARE * n_threads / node["CPU"] for node in able))
+    return options
+
+
+def threads_a_layer(cpus: Sequence[float], n_layers: int) -> int:
+    """The most threads with which all layers run at once on nodes of so many CPUs; at least 1, where they queue."""
+    wanted = range(int(max(cpus, default=0)), 1, -1)
+    return next((n for n in wanted if sum(int(cpu) // n for cpu in cpus) >= n_layers), 1)
+
+
+def _compute_layer_here(
+    store: Store,
+    layer: Layer,
+    commits: Sequence[dict[str, Any]],
+    *,
+    settings: Settings,
+    coverage: Mapping[str, int],
+    memory_limit: int | None,
+) -> dict[str, Any]:
+    """`compute_layer` within a Ray task, with what its node gives it."""
+    context = ray.get_runtime_context()
+    n_threads = max(1, int(context.get_assigned_resources().get("CPU", 1)))
+    nodes: dict[str, dict[str, float]] = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
+    resources = Resources(
+        n_threads=n_threads,
+        memory_bytes=memory_share(
+            nodes.get(context.get_node_id(), {}), n_threads, memory_limit, machine_bytes=_machine_memory_bytes()
+        ),
+        scratch=os.environ.get(SCRATCH_VARIABLE) or tempfile.gettempdir(),
+    )
+    return compute_layer(store, layer, commits, settings=settings, coverage=coverage, resources=resources)
+
+
+def memory_share(node: Mapping[str, float], n_threads: int, memory_limit: int | None, *, machine_bytes: float) -> int:
+    """Bytes for one task: what the person asked for, as far as the node has it, or its threads' share of the node.
+
+    `node` are Ray's resources of the node. Ray may believe in more memory than the machine or its container has: the
+    smaller number counts.
+    """
+    n_bytes = min(node.get("memory", machine_bytes), machine_bytes)
+    if memory_limit is not None:
+        return int(min(memory_limit, machine_bytes))
+    n_cpus = max(node.get("CPU", os.cpu_count() or 1), n_threads)
+    return max(MIN_MEMORY_BYTES, int(n_bytes * MEMORY_SHARE * n_threads / n_cpus))
+
+
+def _machine_memory_bytes() -> float:
+    """What the machine has, or what its container may use of it."""
+    limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(float(Path(path).read_text()))
+    return min(limits)
+
+
+# --- one layer -------------------------------------------------------------------------------------------------------
+
+
 def compute_layer(
-    store: Store, layer: Layer, commits: Sequence[dict[str, Any]], *, tau: float, resources: Resources
+    store: Store,
+    layer: Layer,
+    commits: Sequence[dict[str, Any]],
+    *,
+    settings: Settings,
+    coverage: Mapping[str, int],
+    resources: Resources,
 ) -> dict[str, Any]:
     """Merge one layer of the shards in `commits` (their receipts) and commit its three files.
 
-    Returns the receipt that counts; does nothing where it is there.
+    Returns the receipt that counts; does nothing where it is there, with its files whole. `coverage` is stamped into
+    the receipt and the files. Raises RunFailed where memory or scratch space does not suffice.
     """
     inputs = inputs_hash(commits)
-    receipt_path = f"statistics/{layer.name}.json"
-    if store.exists(receipt_path):
-        kept = store.read_json(receipt_path)
-        if kept["inputs"] == inputs and kept["tau"] == tau:
-            return kept
-        store.remove(receipt_path)
-        for file in kept["files"]:
-            store.remove(file["path"])
+    kept = _kept_receipt(store, layer, inputs, settings)
+    if kept is not None:
+        return kept
     started = time.perf_counter()
-    attempt = new_attempt()
-    files = []
-    with (
-        tempfile.TemporaryDirectory(prefix="neuronlens-sql-") as spill,
-        connect(
-            _merged_files(store, commits),
-            fs=store.fs,
-            memory_limit=f"{resources.memory_bytes}B",
-            threads=resources.n_threads,
-            temp_directory=spill,
-        ) as con,
-    ):
-        for kind, query in QUERIES.items():
-            params = {"tau": tau} if kind == "overlap" else {}
-            relative = f"{kind}/{layer.name}.{attempt}.parquet"
-            store.write_through(relative, partial(_copy, con, query, layer, params))
-            files.append(store.adopt(kind, relative))
-            attach(con, kind, [store.path(relative)], fs=store.fs)
+    work = _Work(store=store, layer=layer, commits=commits, settings=settings, coverage=coverage, resources=resources)
+    try:
+        files, found = work.write()
+    except (duckdb.InternalException, duckdb.FatalException):
+        # DuckDB 2.0.0 has an internal error that comes and goes with the order in which its threads run; it leaves the
+        # connection unusable, not the files.
+        files, found = work.write()
+    found["seconds"]["total"] = time.perf_counter() - started
     receipt = receipt_of(
         files,
         hook_point=layer.hook_point,
         layer=layer.layer,
         inputs=inputs,
-        tau=tau,
-        seconds=time.perf_counter() - started,
+        tau=settings.tau,
+        overlap=settings.overlap,
+        coverage=dict(coverage),
+        **found,
     )
-    if store.create_json(receipt_path, receipt):
+    if store.create_json(_receipt_path(layer), receipt):
         return receipt
-    for file in files:
-        store.remove(file.path)
-    return store.read_json(receipt_path)
+    _remove(store, [file.path for file in files])
+    return store.read_json(_receipt_path(layer))
 
 
-def compute_statistics(
-    store: Store, *, tau: float, memory_limit: int | None, on_done: Callable[[dict[str, Any]], None]
-) -> None:
-    """Every layer of the store, as Ray tasks that share the cluster's cores. Raises RunFailed naming what failed."""
-    layers = layers_of(store.describe())
-    n_cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    n_threads = max(1, n_cores // len(layers))
-    resources = Resources(n_threads=n_threads, memory_bytes=memory_limit or _memory_share(n_threads))
-    task = ray.remote(compute_layer).options(num_cpus=n_threads, max_retries=2)
-    commits = ray.put(store.receipts("commits"))
-    pending = {task.remote(store, layer, commits, tau=tau, resources=resources): layer for layer in layers}
-    while pending:
-        done, _ = ray.wait(list(pending), num_returns=1)
-        layer = pending.pop(done[0])
+def _receipt_path(layer: Layer) -> str:
+    return f"statistics/{layer.name}.json"
+
+
+def _kept_receipt(store: Store, layer: Layer, inputs: str, settings: Settings) -> dict[str, Any] | None:
+    """The receipt of the layer if it still counts. One that does not is removed, with its files."""
+    path = _receipt_path(layer)
+    if not store.exists(path):
+        return None
+    kept = store.read_json(path)
+    files = files_of(kept)
+    if kept["inputs"] == inputs and settings.matches(kept) and not any(map(store.fault_of, files)):
+        return kept
+    store.remove(path)
+    _remove(store, [file.path for file in files])
+    return None
+
+
+def _remove(store: Store, paths: Sequence[str]) -> None:
+    for path in paths:
+        store.remove(path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """The making of one layer's files: `write` may be called again after it failed."""
+
+    store: Store
+    layer: Layer
+    commits: Sequence[dict[str, Any]]
+    settings: Settings
+    coverage: Mapping[str, int]
+    resources: Resources
+
+    def write(self) -> tuple[list[StoredFile], dict[str, Any]]:
+        """The three files, and what the receipt says about their making."""
+        attempt = new_attempt()
+        paths = {kind: f"{kind}/{self.layer.name}.{attempt}.parquet" for kind in ("moments", "overlap", "salience")}
         try:
-            on_done(ray.get(done[0]))
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
+            with self._errors_in_words(), self._scratch() as scratch:
+                return self._write(paths, scratch)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                _remove(self.store, list(paths.values()))
+            raise
+
+    def _write(self, paths: Mapping[str, str], scratch: str) -> tuple[list[StoredFile], dict[str, Any]]:
+        seconds: dict[str, float] = {}
+        with self._connect(scratch) as con:
+            with _timed(seconds, "moments"):
+                attach(con, "partials", self._files("partials"), fs=self.store.fs)
+                moments = self._query(con, "moments", "merge", paths["moments"])
+                attach(con, "moments", [self.store.path(moments.path)], fs=self.store.fs)
+            with _timed(seconds, "histograms"):
+                self._merge_histograms(con, scratch)
+            with _timed(seconds, "overlap"):
+                overlap, n_pairs = self._write_overlap(con, paths["overlap"])
+            with _timed(seconds, "salience"):
+                salience = self._query(con, "salience", "salience", paths["salience"])
+        found = {"n_pairs": n_pairs, "n_pairs_kept": overlap.n_rows, "seconds": seconds}
+        return [moments, overlap, salience], found
+
+    def _connect(self, scratch: str) -> duckdb.DuckDBPyConnection:
+        return connect(
+            fs=self.store.fs,
+            memory_limit=f"{self.resources.memory_bytes}B",
+            threads=self.resources.n_threads,
+            temp_directory=scratch,
+        )
+
+    @contextlib.contextmanager
+    def _scratch(self) -> Iterator[str]:
+        try:
+            Path(self.resources.scratch).mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(prefix="neuronlens-sql-", dir=self.resources.scratch)
+        except OSError as error:
             raise RunFailed(
-                f"The statistics of {layer.name} failed: {str(cause).strip().splitlines()[0]}. The shards are safe: "
-                "mend the reason (too little memory: set compute.memory_limit; a damaged file: neuronlens verify) "
-                "and run again."
+                f"nothing can be written to {self.resources.scratch} ({error.strerror}); set {SCRATCH_VARIABLE} to a "
+                "folder that can be, on that node"
             ) from error
+        with folder as path:
+            yield path
+
+    def _files(self, kind: str, concept: str | None = None) -> list[str]:
+        return [
+            self.store.path(file.path)
+            for receipt in self.commits
+            if concept is None or receipt["concept"] == concept
+            for file in files_of(receipt)
+            if file.kind == kind
+        ]
+
+    def _query(self, con: duckdb.DuckDBPyConnection, kind: str, query: str, relative: str) -> StoredFile:
+        def write(path: str) -> None:
+            run_to_parquet(con, query, path, metadata=self._metadata(), **self._site())
+
+        self.store.write_through(relative, write)
+        return self.store.adopt(kind, relative)
+
+    def _merge_histograms(self, con: duckdb.DuckDBPyConnection, scratch: str) -> None:
+        """Leave `histograms` reading one file a concept, summed over its shards and sorted by neuron.
+
+        The overlap reads them block by block: the files of the shards, one row group a layer, would be read whole each
+        time.
+        """
+        merged = []
+        for number, concept in enumerate(self._concepts()):
+            files = self._files("histograms", concept)
+            if files:
+                attach(con, "histograms", files, fs=self.store.fs)
+                merged.append(str(Path(scratch) / f"histograms-{number}.parquet"))
+                run_to_parquet(con, "merged_histograms", merged[-1], concept=concept, **self._site())
+        attach(con, "histograms", merged)
+
+    def _write_overlap(self, con: duckdb.DuckDBPyConnection, relative: str) -> tuple[StoredFile, int]:
+        """Write the pairs that are kept; leave `concept_overlap` with the means over all pairs. Returns how many pairs
+        there were."""
+        means: list[pa.Table] = []
+        n_pairs = 0
+
+        def write(path: str) -> None:
+            nonlocal n_pairs
+            n_pairs = 0
+            means.clear()
+            with _OverlapFile(path, self._metadata()) as file:
+                for block in self._blocks():
+                    pairs = run_file(con, "overlap", tau=self.settings.tau, **block, **self._site())
+                    n_pairs += pairs.num_rows
+                    attach_rows(con, "overlap_files", pairs)
+                    means.append(rows_of(con, "concept_overlap"))
+                    file.add(self._kept(con, pairs))
+
+        self.store.write_through(relative, write)
+        attach_rows(con, "concept_overlap", pa.concat_tables(means))
+        return self.store.adopt("overlap", relative), n_pairs
+
+    def _kept(self, con: duckdb.DuckDBPyConnection, pairs: pa.Table) -> pa.Table:
+        kept = self.settings.overlap
+        if kept["keep"] == "all":
+            return pairs
+        return run_file(con, "kept_pairs", top=kept.get("top"), threshold=kept.get("threshold"), **self._site())
+
+    def _blocks(self) -> Iterator[dict[str, int]]:
+        step = neurons_a_block(len(self._concepts()))
+        for first in range(0, self.layer.width, step):
+            yield {"first_neuron": first, "last_neuron": min(first + step, self.layer.width) - 1}
+
+    def _concepts(self) -> list[str]:
+        return sorted({receipt["concept"] for receipt in self.commits})
+
+    def _site(self) -> dict[str, Any]:
+        return {"hook_point": self.layer.hook_point, "layer": self.layer.layer}
+
+    def _metadata(self) -> dict[str, str]:
+        return {"coverage": json.dumps(dict(self.coverage)), "overlap": json.dumps(self.settings.overlap)}
+
+    @contextlib.contextmanager
+    def _errors_in_words(self) -> Iterator[None]:
+        """What a person can mend, as one sentence that says how."""
+        try:
+            yield
+        except duckdb.OutOfMemoryException as error:
+            raise RunFailed(self._no_scratch() if "failed to offload" in str(error) else self._no_memory()) from error
+        except (duckdb.IOException, OSError) as error:
+            is_full = "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if is_full and self.resources.scratch in str(error):
+                raise RunFailed(self._no_scratch()) from error
+            if is_full:
+                raise RunFailed(f"the disk of {self.store.root} is full; make room there") from error
+            raise
+
+    def _no_memory(self) -> str:
+        return (
+            f"{self.resources.memory_bytes / 1e9:.2f} GB of memory with {self.resources.n_threads} threads do not "
+            "suffice; set compute.memory_limit higher, or give the node more memory"
+        )
+
+    def _no_scratch(self) -> str:
+        folder = self.resources.scratch
+        n_free = shutil.disk_usage(folder).free
+        return (
+            f"{folder} has {n_free:,} bytes free, too few for what the queries must spill; set {SCRATCH_VARIABLE} to a "
+            "larger disk on that node, or compute.memory_limit higher"
+        )
 
 
-def _copy(con: Any, query: str, layer: Layer, params: dict[str, Any], path: str) -> None:
-    run_to_parquet(con, query, path, hook_point=layer.hook_point, layer=layer.layer, **params)
+class _OverlapFile:
+    """A Parquet file of overlap rows, in row groups of a fair size whatever the blocks that arrive."""
+
+    def __init__(self, path: str, metadata: Mapping[str, str]) -> None:
+        self._path, self._metadata = path, dict(metadata)
+        self._writer: pq.ParquetWriter | None = None
+        self._waiting: list[pa.Table] = []
+
+    def __enter__(self) -> "_OverlapFile":
+        return self
+
+    def add(self, rows: pa.Table) -> None:
+        if self._writer is None:
+            schema = rows.schema.with_metadata(self._metadata)
+            self._writer = pq.ParquetWriter(self._path, schema, **_OVERLAP_OPTIONS)
+        self._waiting.append(rows)
+        if sum(table.num_rows for table in self._waiting) >= _ROW_GROUP_ROWS:
+            self._flush()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._writer is not None:
+            if kind is None:
+                self._flush()
+            self._writer.close()
+
+    def _flush(self) -> None:
+        assert self._writer is not None
+        if self._waiting:
+            rows = pa.concat_tables(self._waiting)
+            self._writer.write_table(rows.cast(self._writer.schema), row_group_size=_ROW_GROUP_ROWS)
+        self._waiting = []
 
 
-def _memory_share(n_threads: int) -> int:
-    node = next(node for node in ray.nodes() if node["Alive"])["Resources"]
-    share = DEFAULT_MEMORY_SHARE * n_threads / max(1.0, node.get("CPU", 1.0))
-    return max(512 * 2**20, int(node.get("memory", 4e9) * share))
+def neurons_a_block(n_concepts: int) -> int:
+    return max(1, min(BLOCK_CONCEPTS // max(1, n_concepts), BLOCK_PAIRS // max(1, _n_pairs(n_concepts))))
 
 
-def _merged_files(store: Store, commits: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    lists: dict[str, list[str]] = {"partials": [], "histograms": []}
-    for receipt in commits:
-        for file in receipt["files"]:
-            if file["kind"] in lists:
-                lists[file["kind"]].append(store.path(file["path"]))
-    return lists
+def _n_pairs(n_concepts: int) -> int:
+    return n_concepts * (n_concepts - 1) // 2
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+
+
+def _failed(failures: Sequence[tuple[Layer, BaseException]], n_layers: int) -> str:
+    lines = [f"{layer.name}: {_reason(error)}." for layer, error in failures]
+    return (
+        f"The statistics of {len(failures)} of {n_layers} layers failed; the others and all shards are safe.\n  "
+        + "\n  ".join(lines)
+        + "\n  Mend the reason (a damaged file: neuronlens verify names it) and run the same command again."
+    )
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, NeuronLensError):
+        return str(error).rstrip(".")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no message'}"

@@ -1,11 +1,17 @@
 """The Ray actor that holds one model, and how many of them a machine or a cluster gets."""
 
+import contextlib
 import os
-from collections.abc import Callable
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from neuronlens.errors import UsageError
 from neuronlens.evaluation import Case, CaseResult, TestText, evaluate_case
@@ -14,8 +20,15 @@ from neuronlens.programs import Edit
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import ComputeSection, ModelSection
 from neuronlens.store import Store
-from pipeline.collect import CollectSpec, collect_shard
+from pipeline.collect import CollectSpec, commit_shard, read_samples, run_shard
+from pipeline.metrics import CollectorMetrics
 from pipeline.plan import Shard
+from pipeline.pool import Place, Started, here
+from pipeline.stopping import GRACE_SECONDS
+from pipeline.turns import Turns
+
+DEPTH = 2
+"""Shards that a collector holds at once: one in the model, one on its way to storage."""
 
 _MEMORY_SHARE = 0.7
 """Of a machine's memory, how much the models of its workers may take together."""
@@ -42,10 +55,11 @@ def choose_layout(compute: ComputeSection, *, n_jobs: int, worker_memory_bytes: 
     resources = ray.cluster_resources()
     n_cores, n_cluster_gpus = max(1, int(resources.get("CPU", 1))), resources.get("GPU", 0.0)
     n_gpus = (1.0 if n_cluster_gpus else 0.0) if compute.gpus_per_worker == "auto" else compute.gpus_per_worker
-    if n_gpus > n_cluster_gpus:
+    may_grow = bool(os.environ.get("RAY_ADDRESS")) and compute.workers != "auto"
+    if n_gpus > n_cluster_gpus and not may_grow:
         raise UsageError(
             f"compute.gpus_per_worker is {n_gpus:g}, but Ray sees {n_cluster_gpus:g} GPUs. Set it to 0 or auto, or "
-            "give the cluster GPUs."
+            "give the cluster GPUs. A cluster that grows on demand needs compute.workers as a number, to know how far."
         )
     if n_gpus:
         room = int(n_cluster_gpus / n_gpus)
@@ -68,32 +82,51 @@ class WorkerSpec:
 
 
 class ModelWorker:
-    """Holds the model; collects shards and evaluates cases, one at a time."""
+    """Holds the model; collects shards and evaluates cases.
 
-    def configure(self, spec: WorkerSpec) -> None:
-        """What to load and to do. Must be called first."""
-        self._spec = spec
+    Up to DEPTH shards at once, each in a thread of its own: one in the model, the others being written. SIGTERM (its
+    node is taken away) gives it a few seconds to commit what it has in hand; what is not done by then is dropped.
+    """
 
-    def ready(self) -> int:
-        """Load the model; the process id. Must be called second."""
-        import torch
+    def __init__(self) -> None:
+        self._n_in_hand = 0
+        self._counting = threading.Lock()
+        signal.signal(signal.SIGTERM, self._leave)  # Ray's own handler waits for threads, however long they take
 
-        model, layout = self._spec.model, self._spec.layout
+    def ready(self, spec: WorkerSpec) -> Place:
+        """Load the model and look for the store. Must be called first, and be done before anything else is asked.
+
+        Raises UsageError where this node does not see the driver's store or the model.
+        """
+        model, layout = spec.model, spec.layout
         torch.set_num_threads(layout.n_threads)
+        self._spec = spec
         self._loaded = load_model(model.id, revision=model.revision, dtype=model.dtype, device=layout.device_type)
-        return os.getpid()
+        self._turns = Turns(DEPTH)
+        self._metrics = CollectorMetrics(Path(spec.store.root).name)
+        _check_store(spec.store)
+        return here()
 
     def collect(self, shard: Shard) -> dict[str, Any]:
         """Run and commit one shard; the receipt that counts."""
-        assert self._spec.collect is not None
-        return collect_shard(
-            self._loaded, self._spec.collect, self._spec.store, shard, n_threads=self._spec.layout.n_threads
-        )
+        spec, n_threads = self._spec, self._spec.layout.n_threads
+        assert spec.collect is not None
+        torch.set_num_threads(n_threads)  # a setting of the thread, not of the process
+        with self._in_hand():
+            samples = read_samples(spec.store, shard)
+            with self._turns.forward() as waited:
+                collected = run_shard(self._loaded, spec.collect, shard, samples, n_threads=n_threads)
+            collected.seconds |= waited
+            with self._turns.writing():
+                receipt = commit_shard(spec.collect, spec.store, collected)
+        self._metrics.committed(receipt)
+        return receipt
 
     def evaluate(
         self, table: RangeTable, edit: Edit, case: Case, texts: tuple[TestText, ...], answers: dict[str, int] | None
     ) -> CaseResult:
         """One intervention on all test texts."""
+        torch.set_num_threads(self._spec.layout.n_threads)
         return evaluate_case(
             self._loaded,
             table,
@@ -104,6 +137,25 @@ class ModelWorker:
             edit=edit,
             overrides=self._spec.model.modules or None,
         )
+
+    @contextlib.contextmanager
+    def _in_hand(self) -> Iterator[None]:
+        with self._counting:
+            self._n_in_hand += 1
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._n_in_hand -= 1
+
+    def _leave(self, *_: object) -> None:
+        threading.Thread(target=self._leave_when_done, daemon=True).start()
+
+    def _leave_when_done(self) -> None:
+        end = time.monotonic() + GRACE_SECONDS
+        while self._n_in_hand and time.monotonic() < end:
+            time.sleep(0.1)
+        os._exit(128 + signal.SIGTERM)
 
 
 class Spares:
@@ -133,17 +185,25 @@ class Spares:
             ray.kill(self._idle.pop())
 
 
-def actor_factory(spec: WorkerSpec, spares: Spares | None = None) -> Callable[[], Any]:
-    """A function that gives one more worker: a spare, or a new one on whatever node has room."""
+def worker_starter(spec: WorkerSpec, spares: Spares | None = None) -> Callable[[], Started]:
+    """A function that starts one more worker: a spare, or a new one on whatever node has room."""
     spec_ref = ray.put(spec)
 
-    def make() -> Any:
+    def start() -> Started:
         spare = spares.take(spec.layout) if spares is not None else None
         actor = spare or _actor_class(spec.layout).remote()
-        actor.configure.remote(spec_ref)
-        return actor
+        return Started(actor, actor.ready.remote(spec_ref))
 
-    return make
+    return start
+
+
+def _check_store(store: Store) -> None:
+    if not store.exists("store.json"):
+        raise UsageError(
+            f"{store.root} holds no store.json as seen from the node {ray.util.get_node_ip_address()}; the driver has "
+            "just written one there. Expected a store that all nodes share: give --store a folder on a shared disk, or "
+            "a URL such as s3://bucket/run."
+        )
 
 
 def _actor_class(layout: Layout) -> Any:
@@ -152,7 +212,7 @@ def _actor_class(layout: Layout) -> Any:
         num_gpus=layout.n_gpus,
         max_restarts=0,
         max_task_retries=0,
-        max_concurrency=1,
+        max_concurrency=DEPTH,
     )
 
 

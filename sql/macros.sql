@@ -1,4 +1,4 @@
--- Which formulas do the queries share? Run this file once per session, before overlap.sql or separable_pairs.sql.
+-- Which formulas do the queries share? Run this file once per session, before merge.sql, moments_from_raw.sql or overlap.sql.
 -- in: nothing      out: scalar macros
 
 -- Cumulative distribution of the standard Gaussian, within 3e-15: DuckDB has no erf (Hart 1968, algorithm 5666, as given by
@@ -33,6 +33,15 @@ create or replace macro range_jaccard(lower_a, upper_a, lower_b, upper_b) as
         when least(upper_a, upper_b) <= greatest(lower_a, lower_b) then 0e0
         else (least(upper_a, upper_b) - greatest(lower_a, lower_b)) / (greatest(upper_a, upper_b) - least(lower_a, lower_b))
     end;
+
+-- Second, third and fourth moment around the mean, from sums s1 to s4 of powers of the distance from a centre near it: s1 / n is
+-- what remains of the mean.
+create or replace macro central_2(n, s1, s2) as s2 / n - (s1 / n) * (s1 / n);
+create or replace macro central_3(n, s1, s2, s3) as s3 / n - (s1 / n) * (3 * s2 / n - 2 * (s1 / n) * (s1 / n));
+create or replace macro central_4(n, s1, s2, s3, s4) as
+    s4 / n - (s1 / n) * (4 * s3 / n - (s1 / n) * (6 * s2 / n - 3 * (s1 / n) * (s1 / n)));
+create or replace macro skewness_of(c3, std) as if(std > 0, c3 / (std * std * std), null);
+create or replace macro kurtosis_of(c4, std) as if(std > 0, c4 / (std * std * std * std), null);
 
 -- The range mean +- tau * std; a tau of infinity takes the whole line, also where std is 0.
 create or replace macro range_lower(mean, std, tau) as

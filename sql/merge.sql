@@ -1,6 +1,6 @@
 -- What are the moments of every neuron under every concept, over all shards?
 -- in: partials(layer, hook_point, neuron, concept, n, n_nonfinite, mean, m2, m3, m4, min, max, mean_abs), $hook_point, $layer
--- out: one row per neuron and concept, as table `moments` of docs/store-format.md
+-- out: one row per neuron and concept, as table `moments` of docs/store-format.md. Needs the macros of macros.sql.
 -- K-way merge of centred sums (Pebay 2008): with d = mean_i - centre, M2 = sum(m2 + n d^2), M3 = sum(m3 + 3 d m2 + n d^3),
 -- M4 = sum(m4 + 4 d m3 + 6 d^2 m2 + n d^4). The centre is the merged mean, up to its own rounding; `drift`, what remains of
 -- sum(n d) / n, takes that rounding out again, which matters where the mean is thousands of times the std.
@@ -33,17 +33,14 @@ total as (
 ),
 centred as (
     select neuron, concept, n, n_nonfinite, min, max, sum_abs / n as mean_abs, s1 / n as drift, centre,
-        s2 / n - drift * drift as c2,
-        s3 / n - drift * (3 * s2 / n - 2 * drift * drift) as c3,
-        s4 / n - drift * (4 * s3 / n - drift * (6 * s2 / n - 3 * drift * drift)) as c4,
+        central_2(n, s1, s2) as c2, central_3(n, s1, s2, s3) as c3, central_4(n, s1, s2, s3, s4) as c4,
         min = max as is_constant  -- a partial's mean and m2 carry rounding errors that would pass for a spread
     from centre join total using (id)
 )
 select $layer::smallint as layer, $hook_point::varchar as hook_point, neuron, concept, n, n_nonfinite,
     if(is_constant, min::double, centre + drift) as mean,
     case when is_constant then 0 when n > 0 then sqrt(greatest(c2, 0)) end as std,
-    if(std > 0, c3 / (std * std * std), null) as skewness,
-    if(std > 0, c4 / (std * std * std * std), null) as kurtosis,
+    skewness_of(c3, std) as skewness, kurtosis_of(c4, std) as kurtosis,
     min, max, mean_abs
 from centred
 order by neuron, concept;

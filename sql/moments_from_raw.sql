@@ -1,5 +1,5 @@
 -- What are the moments of every neuron under every concept, computed from the values themselves?
--- in: activations(layer, hook_point, neuron, concept, value), $hook_point, $layer
+-- in: activations(layer, hook_point, neuron, concept, value), $hook_point, $layer; the macros of macros.sql
 -- out: one row per neuron and concept, as table `moments` of docs/store-format.md; it must agree with merge.sql
 -- Two passes: the mean, then sums of powers of the distance from it. Power sums around zero would lose everything at a mean
 -- of 10,000 std. NaN and infinite values are counted in n_nonfinite and are in nothing else (DuckDB's own skewness() fails on
@@ -30,16 +30,13 @@ total as (
 ),
 centred as (
     select neuron, concept, n, n_nonfinite, min, max, sum_abs / n as mean_abs, s1 / n as drift, centre,
-        s2 / n - drift * drift as c2,
-        s3 / n - drift * (3 * s2 / n - 2 * drift * drift) as c3,
-        s4 / n - drift * (4 * s3 / n - drift * (6 * s2 / n - 3 * drift * drift)) as c4
+        central_2(n, s1, s2) as c2, central_3(n, s1, s2, s3) as c3, central_4(n, s1, s2, s3, s4) as c4
     from centre join total using (id)
 )
 select $layer::smallint as layer, $hook_point::varchar as hook_point, neuron, concept, n, n_nonfinite,
     centre + drift as mean,
     if(n > 0, sqrt(greatest(c2, 0)), null) as std,
-    if(std > 0, c3 / (std * std * std), null) as skewness,
-    if(std > 0, c4 / (std * std * std * std), null) as kurtosis,
+    skewness_of(c3, std) as skewness, kurtosis_of(c4, std) as kurtosis,
     min, max, mean_abs
 from centred
 order by neuron, concept;

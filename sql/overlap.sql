@@ -1,6 +1,7 @@
 -- How far do two concepts share a neuron's values, and how many values of one fall inside the other's range?
--- in: moments, histograms (may be empty), $hook_point, $layer, $tau; the macros of macros.sql
+-- in: moments, histograms (may be empty), $hook_point, $layer, $first_neuron, $last_neuron, $tau; the macros of macros.sql
 -- out: one row per neuron and unordered pair of concepts, concept_a < concept_b, as table `overlap` of docs/store-format.md
+-- Neurons do not meet each other: a layer in blocks of neurons gives the same rows as the layer at once, in memory for one block.
 -- ovl is the overlapping coefficient, the sum over bins of the smaller share: 1 for the same distribution, 0 for disjoint ones
 --     (Inman and Bradley 1989). ovl_gaussian and bhattacharyya (BC) take both for Gaussians:
 --     1 - sqrt(1 - BC^2) <= ovl_gaussian <= BC.
@@ -15,7 +16,7 @@ with concept_range as materialized (
     select neuron, concept, dense_rank() over (order by concept) - 1 as code, mean, std, min::double as min, max::double as max,
         range_lower(mean, std, $tau) as lower, range_upper(mean, std, $tau) as upper
     from moments
-    where hook_point = $hook_point and layer = $layer
+    where hook_point = $hook_point and layer = $layer and neuron between $first_neuron and $last_neuron
 ),
 counts as materialized (
     select h.neuron, c.code // 8 as block, h.bin,
@@ -24,7 +25,7 @@ counts as materialized (
         sum(h.n::double) filter (c.code % 8 = 4) as n4, sum(h.n::double) filter (c.code % 8 = 5) as n5,
         sum(h.n::double) filter (c.code % 8 = 6) as n6, sum(h.n::double) filter (c.code % 8 = 7) as n7
     from histograms h join (select distinct concept, code from concept_range) c using (concept)
-    where h.hook_point = $hook_point and h.layer = $layer
+    where h.hook_point = $hook_point and h.layer = $layer and h.neuron between $first_neuron and $last_neuron
     group by all
 ),
 total as materialized (

@@ -1,10 +1,11 @@
 -- Which neurons matter most to a concept? Three answers, in long form.
--- in: moments, overlap (may be empty: then there is no `selectivity`), $hook_point, $layer
+-- in: moments, concept_overlap (may be empty: then there is no `selectivity`), $hook_point, $layer
 -- out: layer, hook_point, neuron, concept, method, score, rank (1 = most salient within method and concept; ties by neuron)
 -- mean_abs     mean |x| over the concept's samples (Haider et al. 2026).
 -- cohens_d     |mean - mean of the rest| / pooled std, the rest being all other concepts together (Cohen 1988). Where nothing
 --              varies it is 0 for equal values and infinity for different ones.
--- selectivity  1 - the mean overlap with the other concepts: histogram overlap, Gaussian where there is no histogram.
+-- selectivity  1 - the mean overlap with the other concepts: histogram overlap, Gaussian where there is no histogram. It takes
+--              all pairs: the statistics stage works it out before it drops any; where some are missing, it is NULL.
 -- A score that cannot be computed (a concept without values, no other concept) is NULL and ranks last.
 with moment as (
     -- A centre near all concepts, so that the squares below do not lose their digits to a large common mean.
@@ -32,24 +33,18 @@ deviation as (
     from rest
     where n_rest > 0 and n > 0
 ),
-pair_overlap as (
-    select neuron, concept_a, concept_b, coalesce(ovl, ovl_gaussian)::double as shared
-    from overlap
-    where hook_point = $hook_point and layer = $layer
-),
 score as (
     select neuron, concept, 'mean_abs' as method, mean_abs as score from moment
     union all
     select neuron, concept, 'cohens_d', if(d.distance = 0, 0, d.distance / d.pooled_std)
     from moment m left join deviation d using (neuron, concept)
     union all
-    select neuron, concept, 'selectivity', 1 - avg(shared)
+    select neuron, concept, 'selectivity', if(n_pairs = n_concepts - 1, 1 - mean_ovl, null)
     from (
-        select neuron, concept_a as concept, shared from pair_overlap
-        union all
-        select neuron, concept_b, shared from pair_overlap
+        select neuron, concept, count(*) over (partition by neuron) as n_concepts from moment
     )
-    group by neuron, concept
+    join concept_overlap o using (neuron, concept)
+    where o.hook_point = $hook_point and o.layer = $layer
 )
 select $layer::smallint as layer, $hook_point::varchar as hook_point, neuron, concept, method, score,
     row_number() over (partition by method, concept order by score desc nulls last, neuron)::integer as rank

@@ -1,6 +1,6 @@
 -- What may a person ask of a store? The views that every other query reads.
 -- in: the KIND_files views of schema.sql, each replaced by the store's files of that kind where it has any
--- out: samples, shards, partials, histograms, activations, moments, overlap, salience, ranges
+-- out: samples, shards, partials, histograms, activations, moments, overlap, concept_overlap, salience, ranges
 -- Columns pass through untouched, so that a filter on hook_point, layer and neuron reaches the row groups' statistics.
 
 create or replace view samples as
@@ -32,6 +32,16 @@ select layer, hook_point, neuron, concept, n, n_nonfinite, mean, std, skewness, 
 create or replace view overlap as
 select layer, hook_point, neuron, concept_a, concept_b, tau, ovl, ovl_gaussian, bhattacharyya, range_jaccard, b_in_a, a_in_b
 from overlap_files;
+
+-- How far a neuron's values under one concept are shared with the other concepts, of those pairs that were kept.
+create or replace view concept_overlap as
+select layer, hook_point, neuron, concept, count(*) as n_pairs, avg(shared) as mean_ovl
+from (
+    select layer, hook_point, neuron, concept_a as concept, coalesce(ovl, ovl_gaussian)::double as shared from overlap
+    union all
+    select layer, hook_point, neuron, concept_b, coalesce(ovl, ovl_gaussian)::double from overlap
+)
+group by layer, hook_point, neuron, concept;
 
 create or replace view salience as
 select layer, hook_point, neuron, concept, method, score, rank from salience_files;

@@ -3,6 +3,7 @@
 Sums are taken in longdouble from the values, bins are found by searching the edges of docs/store-format.md.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,11 +84,21 @@ def write_store(
         files["partials"].append(write(root / "partials" / name, partials))
         if histograms:
             files["histograms"].append(write(root / "histograms" / name, counts))
-        files["commits"].append(_commit(root, number, shard))
+        kinds = ("partials", "histograms") if histograms else ("partials",)
+        files["commits"].append(_commit(root, number, shard, [stored(root, kind, f"{kind}/{name}") for kind in kinds]))
         first += shard.x_LSN.shape[1]
     files["plan"] = [write(root / "plan.parquet", [_plan(shards)])]
     files["samples"] = [write(root / "samples" / "part-00000.parquet", [_samples(shards)])]
+    _describe(root, shards, hook_point)
     return files
+
+
+def stored(root: Path, kind: str, path: str) -> dict[str, object]:
+    """A data file as a receipt names it."""
+    content = (root / path).read_bytes()
+    digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+    n_rows = pq.ParquetFile(root / path).metadata.num_rows
+    return {"kind": kind, "path": path, "n_bytes": len(content), "n_rows": n_rows, "blake2b": digest}
 
 
 def write_moments(
@@ -205,7 +216,20 @@ def _samples(shards: Sequence[Shard]) -> pa.Table:
     )
 
 
-def _commit(root: Path, number: int, shard: Shard) -> str:
+def _describe(root: Path, shards: Sequence[Shard], hook_point: str) -> None:
+    n_layers, _, width = shards[0].x_LSN.shape
+    description = {
+        "format_version": 1,
+        "store_hash": "0" * 64,
+        "hook_points": [hook_point],
+        "layers": list(range(n_layers)),
+        "widths": {hook_point: width},
+        "dataset": {"n_rows": sum(shard.x_LSN.shape[1] for shard in shards)},
+    }
+    (root / "store.json").write_text(json.dumps(description), encoding="utf-8")
+
+
+def _commit(root: Path, number: int, shard: Shard, files: Sequence[dict[str, object]]) -> str:
     path = root / "commits" / f"shard-{number:05d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     receipt = {
@@ -216,7 +240,7 @@ def _commit(root: Path, number: int, shard: Shard) -> str:
         "n_samples": shard.x_LSN.shape[1],
         "n_truncated": 0,
         "n_nonfinite": int((~np.isfinite(shard.x_LSN)).sum()),
-        "files": [{"kind": "partials", "path": f"partials/shard-{number:05d}.{ATTEMPT}.parquet"}],
+        "files": list(files),
         "seconds": {"forward": 0.5, "total": 1.5},
         "finished_at": "2026-03-04T05:06:07+00:00",
     }

@@ -130,7 +130,7 @@ def _cases(args: argparse.Namespace, folder: Path) -> Iterator[Case]:
             n_items=args.overlap_neurons * args.concepts * (args.concepts - 1) // 2,
             files={"moments": [moments], "histograms": histograms},
             memory_limit=memory_limit,
-            params=AT | {"tau": 2.5},
+            params=AT | {"tau": 2.5, "first_neuron": 0, "last_neuron": args.overlap_neurons - 1},
         )
 
 

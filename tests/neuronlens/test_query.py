@@ -15,15 +15,31 @@ import pytest
 
 from neuronlens import query
 from neuronlens.errors import UsageError
-from neuronlens.query import KINDS, attach, connect, questions, read_query, run_file, run_to_parquet, sql_folder
+from neuronlens.query import (
+    KINDS,
+    attach,
+    attach_rows,
+    connect,
+    questions,
+    read_query,
+    run_file,
+    run_to_parquet,
+    sql_folder,
+)
 from tests.synthetic_store import Shard, write_store
 
-VIEWS = ("samples", "shards", "partials", "histograms", "activations", "moments", "overlap", "salience", "ranges")
+VIEWS = (
+    *("samples", "shards", "partials", "histograms", "activations"),
+    *("moments", "overlap", "concept_overlap", "salience", "ranges"),
+)
 LAYER_1 = {"hook_point": "mlp_post", "layer": 1}
+ALL_NEURONS = {"first_neuron": 0, "last_neuron": 5}
 PARAMS = {
     "merge": LAYER_1,
     "moments_from_raw": LAYER_1,
-    "overlap": LAYER_1 | {"tau": 2.5},
+    "merged_histograms": LAYER_1 | {"concept": "joy"},
+    "overlap": LAYER_1 | ALL_NEURONS | {"tau": 2.5},
+    "kept_pairs": LAYER_1 | {"top": 2, "threshold": None},
     "salience": LAYER_1,
     "ranges": {"tau": 2.5, "top_fraction": 0.3, "salience": "mean_abs"},
     "coverage": {},
@@ -47,7 +63,7 @@ def _add_statistics(files: dict[str, list[str]], root: Path) -> dict[str, list[s
         with connect({kind: files[kind] for kind in ("partials", "histograms")}, threads=1) as con:
             for kind, name, extra in (
                 ("moments", "merge", {}),
-                ("overlap", "overlap", {"tau": 2.5}),
+                ("overlap", "overlap", {"tau": 2.5} | ALL_NEURONS),
                 ("salience",) * 2 + ({},),
             ):
                 path = str(root / f"{kind}.{layer}.parquet")
@@ -216,8 +232,8 @@ def test_connect__two_connections_do_not_share_spilled_files(tmp_path):
 
 
 def test_run_file__names_missing_and_unknown_parameters(con):
-    with pytest.raises(UsageError, match=r"'overlap' takes the parameters hook_point, layer, tau; given: layer"):
-        run_file(con, "overlap", layer=1)
+    with pytest.raises(UsageError, match=r"'salience' takes the parameters hook_point, layer; given: layer"):
+        run_file(con, "salience", layer=1)
     with pytest.raises(UsageError, match=r"'gaussianity' takes the parameters none; given: layer"):
         run_file(con, "gaussianity", layer=1)
 
@@ -285,7 +301,7 @@ def test_queries__run_in_a_plain_duckdb_session(store, con):
     plain.execute(read_query("views"))
     for name, params in PARAMS.items():
         for parameter, value in params.items():
-            plain.execute(f"set variable {parameter} = {value!r}")
+            plain.execute(f"set variable {parameter} = {'null' if value is None else repr(value)}")
         rows = plain.execute(read_query(name)).fetchall()
         assert len(rows) == run_file(con, name, **params).num_rows, name
 
@@ -358,6 +374,37 @@ def test_most_polysemantic__counts_the_concepts_a_neuron_is_salient_for(con):
         names = row["concepts"]
         pairs = [overlap[row["layer"], row["neuron"], a, b] for i, a in enumerate(names) for b in names[i + 1 :]]
         assert row["mean_ovl"] == (pytest.approx(np.mean(pairs)) if pairs else None)
+
+
+def test_separable_pairs__say_nothing_of_a_pair_with_dropped_rows(con):
+    complete = {row["best_neuron"] for row in run_file(con, "separable_pairs").to_pylist()}
+    kept = run_file(con, "kept_pairs", **LAYER_1, top=2, threshold=None)
+    attach_rows(con, "overlap_files", kept)
+    rows = run_file(con, "separable_pairs").to_pylist()
+    assert None not in complete
+    assert sum(row["n_neurons"] for row in rows) == kept.num_rows == 6 * 2
+    for row in rows:
+        assert row["n_neurons"] + row["n_dropped"] == 6
+        known = row["n_dropped"] == 0
+        assert {row[name] is not None for name in ("min_ovl", "best_neuron", "median_ovl", "share_below_half")} == {
+            known
+        }
+    assert any(row["n_dropped"] for row in rows)
+
+
+def test_most_polysemantic__has_no_mean_overlap_where_pairs_were_dropped(con):
+    full = run_file(con, "most_polysemantic", salience="mean_abs", top_fraction=1.0).to_pylist()
+    attach_rows(con, "overlap_files", run_file(con, "kept_pairs", **LAYER_1, top=2, threshold=None))
+    rows = run_file(con, "most_polysemantic", salience="mean_abs", top_fraction=1.0).to_pylist()
+    assert {(row["n_pairs"], row["mean_ovl"] is None) for row in full} == {(3, False)}
+    assert {(row["n_pairs"], row["mean_ovl"]) for row in rows} == {(2, None), (0, None)}
+
+
+def test_run_to_parquet__keeps_metadata_in_the_file(con, tmp_path):
+    path = str(tmp_path / "salience.parquet")
+    coverage = """{"n_shards": 1, "it's": "so"}"""
+    run_to_parquet(con, "salience", path, metadata={"coverage": coverage}, **LAYER_1)
+    assert pq.read_metadata(path).metadata[b"coverage"] == coverage.encode()
 
 
 def test_top_samples__are_the_extremes_of_one_neuron(con):

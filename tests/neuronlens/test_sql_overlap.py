@@ -12,7 +12,7 @@ from neuronlens.query import connect, run_file
 from tests.synthetic_store import Shard, bin_span, bins_of, moments_of, write, write_moments, write_store
 
 TAU = 2.5
-AT = {"hook_point": "mlp_post", "layer": 0, "tau": TAU}
+AT = {"hook_point": "mlp_post", "layer": 0, "tau": TAU, "first_neuron": 0, "last_neuron": 2**31 - 1}
 HISTOGRAM_SCORES = ("ovl", "b_in_a", "a_in_b")
 SCORES = (*HISTOGRAM_SCORES, "ovl_gaussian", "bhattacharyya", "range_jaccard")
 
@@ -187,6 +187,61 @@ def test_overlap__with_one_histogram_missing(tmp_path):
             values["a"][0][:, 0], rows[1]["mean"] - TAU * rows[1]["std"], rows[1]["mean"] + TAU * rows[1]["std"]
         )
     )
+
+
+def test_overlap__of_a_block_of_neurons_is_that_part_of_the_layer(tmp_path):
+    rng = np.random.default_rng(4)
+    values = {c: [rng.normal(rng.normal(size=7), 1, (50, 7))] for c in "abc"}
+    whole = _overlap_of_values(values, tmp_path / "whole")
+    part = _overlap_of_values(values, tmp_path / "part", first_neuron=2, last_neuron=4)
+    assert part == [row for row in whole if 2 <= row["neuron"] <= 4]
+    assert len(part) == 9
+
+
+@pytest.mark.parametrize(("top", "threshold"), [(2, None), (None, 0.6), (1, 0.6), (None, None), (100, 0.0)])
+def test_kept_pairs__are_the_first_of_all_pairs_put_in_order(top, threshold, tmp_path):
+    """Neuron 0 has no histograms, neuron 1 two equal pairs and one without any score."""
+    scores = {
+        0: {("a", "b"): (None, 0.5), ("a", "c"): (None, 0.7), ("b", "c"): (None, 0.6)},
+        1: {("a", "b"): (0.75, 0.1), ("a", "c"): (0.75, 0.9), ("b", "c"): (None, None)},
+    }
+    rows = [
+        {"layer": 0, "hook_point": "mlp_post", "neuron": neuron, "concept_a": a, "concept_b": b, "tau": TAU}
+        | dict.fromkeys(SCORES, 0.5)
+        | {"ovl": ovl, "ovl_gaussian": gaussian}
+        for neuron, pairs in scores.items()
+        for (a, b), (ovl, gaussian) in pairs.items()
+    ]
+    floats = [(name, pa.float32()) for name in ("tau", *SCORES)]
+    keys = [("layer", pa.int16()), ("hook_point", pa.string()), ("neuron", pa.int32())]
+    schema = pa.schema([*keys, ("concept_a", pa.string()), ("concept_b", pa.string()), *floats])
+    path = write(tmp_path / "overlap.parquet", [pa.Table.from_pylist(rows, schema)])
+    with connect({"overlap": [path]}, threads=1) as con:
+        got = run_file(con, "kept_pairs", hook_point="mlp_post", layer=0, top=top, threshold=threshold).to_pylist()
+    expected = []
+    for neuron, pairs in scores.items():
+        score = {pair: ovl if ovl is not None else gaussian for pair, (ovl, gaussian) in pairs.items()}
+        order = sorted(score, key=lambda pair: (score[pair] is None, -(score[pair] or 0), pair))
+        order = [
+            pair
+            for pair in order
+            if threshold is None or (score[pair] is not None and np.float32(score[pair]) >= np.float32(threshold))
+        ]
+        expected += [(neuron, *pair) for pair in sorted(order[:top])]
+    assert [(row["neuron"], row["concept_a"], row["concept_b"]) for row in got] == expected
+
+
+def test_merged_histograms__are_the_counts_of_all_values_of_the_concept(tmp_path):
+    rng = np.random.default_rng(5)
+    parts = [rng.normal(0, 3000, (1, n, 4)).astype(np.float32) for n in (30, 1, 80)]
+    parts[0][0, :4, 1] = [np.nan, np.inf, 0.0, -1e9]
+    files = write_store(tmp_path, [Shard(concept="a", x_LSN=x) for x in parts] + [Shard(concept="b", x_LSN=parts[1])])
+    with connect(files, threads=2) as con:
+        rows = run_file(con, "merged_histograms", hook_point="mlp_post", layer=0, concept="a").to_pylist()
+    x_SN = np.concatenate(parts, axis=1)[0]
+    expected = [(neuron, b, n) for neuron in range(4) for b, n in sorted(bins_of(x_SN[:, neuron]).items())]
+    assert [(row["neuron"], row["bin"], row["n"]) for row in rows] == expected
+    assert {(row["layer"], row["hook_point"], row["concept"]) for row in rows} == {(0, "mlp_post", "a")}
 
 
 @pytest.mark.parametrize("n_concepts", [2, 9, 19])

@@ -146,6 +146,12 @@ def test_salience__selectivity_is_one_minus_the_mean_overlap_with_the_others(tmp
     assert got["selectivity", "a", 1]["rank"] == 2
 
 
+def test_salience__selectivity_is_null_where_pairs_were_dropped(tmp_path):
+    rows = [{"neuron": 0, "concept": c, "mean": 0.0, "std": 1.0} for c in "abc"]
+    got = _salience(tmp_path, rows, [_pair(0, "a", "b", 0.5), _pair(0, "a", "c", 0.25)])
+    assert {c: got["selectivity", c, 0]["score"] for c in "abc"} == {"a": 1 - 0.375, "b": None, "c": None}
+
+
 def test_salience__has_the_columns_of_the_format(tmp_path):
     rows = [{"neuron": 0, "concept": "a", "mean": 0.0, "std": 1.0}]
     with connect({"moments": [write_moments(tmp_path / "moments.parquet", rows)]}, threads=1) as con:

@@ -16,7 +16,7 @@ SCHEMA = pa.schema([("x", pa.int64())])
 def write(store: Store, kind: str = "partials", rows: int = 5):
     path = f"{kind}/shard-00000.{new_attempt()}.parquet"
     tables = [pa.table({"x": pa.array(range(n), pa.int64())}) for n in (rows, 1)]
-    return store.write_parquet(kind, path, SCHEMA, tables)
+    return store.write_parquet(kind, path, SCHEMA, lambda: tables)
 
 
 def commit(store: Store, *files, shard: int = 0) -> bool:

@@ -14,7 +14,7 @@ CONCEPTS = ("joy", "anger", "fear")
 def ray_cluster():
     import ray
 
-    ray.init(num_cpus=3, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    ray.init(address="local", num_cpus=3, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -7,39 +7,17 @@ import shutil
 import numpy as np
 import pytest
 
-from neuronlens.errors import RunFailed, UsageError
+from neuronlens.errors import UsageError
 from neuronlens.moments import Moments
 from neuronlens.query import connect, run_file
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import parse_recipe
 from neuronlens.store import Store
 from pipeline import driver
+from tests.pipeline.runs import ANSWERS, assert_same_tables, recipe, run, table_of
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "small_shards")
-
-ANSWERS = {"joy": "<joy>", "anger": "<anger>", "fear": "<fear>"}
-
-
-def recipe(place, **sections):
-    content = {
-        "model": {"id": str(place / "model")},
-        "data": {"source": str(place / "train.jsonl"), "prompt": "{text}<sep>", "answers": ANSWERS},
-        "test": {"source": str(place / "test.jsonl")},
-        "compute": {"workers": 2},
-    }
-    for section, values in sections.items():
-        content[section] = values if values is None else {**(content.get(section) or {}), **values}
-    return parse_recipe(content)
-
-
-def run(place, root, **sections):
-    return driver.run(recipe(place, **sections), name="test", store_root=str(root))
-
-
-def table_of(root, view, order):
-    with connect(Store(str(root)).file_lists()) as con:
-        return con.sql(f"from {view} order by {order}").to_arrow_table()
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +85,8 @@ def test_run__gives_the_same_for_one_worker_and_three(place, tmp_path, finished)
             compute={"workers": n_workers},
             test=None,
         )
-        for view, order in (("histograms", "all"), ("activations", "all")):
-            assert table_of(other, view, order).equals(table_of(root, view, order))
-        ours, theirs = (table_of(place, "moments", "hook_point, layer, neuron, concept") for place in (other, root))
-        for name in ours.column_names:
-            a, b = ours[name].to_numpy(), theirs[name].to_numpy()
-            if a.dtype.kind == "f":
-                np.testing.assert_allclose(a, b, rtol=1e-12)
-            else:
-                np.testing.assert_array_equal(a, b)
+        assert_same_tables(other, root)
+        assert table_of(other, "activations", "all").equals(table_of(root, "activations", "all"))
         assert again.range_table == summary.range_table
 
 
@@ -131,32 +102,6 @@ def test_run__goes_on_where_it_stopped(place, tmp_path, finished):
     assert {name: (copy / "commits" / name).stat().st_mtime_ns for name in kept} == kept
     assert again.range_table == summary.range_table
     assert again.erasure == summary.erasure
-
-
-def test_run__names_the_shards_that_failed_and_keeps_the_others(place, tmp_path):
-    """One shard's samples are damaged after the plan was frozen: its text ids are beyond the vocabulary."""
-    planned = recipe(place)
-    store = Store(str(tmp_path))
-    shards = driver.freeze(driver.make_plan(planned), store)
-    victim = shards[2]
-    _damage(tmp_path / victim.samples_file, victim.row_group)
-    with pytest.raises(RunFailed, match=rf"1 of {len(shards)} shards failed.*\n.*{victim.name} .*failed 3 times"):
-        driver.run(planned, name="test", store_root=str(tmp_path))
-    assert len(store.names("commits")) == len(shards) - 1
-
-
-def _damage(path, row_group):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    tables = [file.read_row_group(i) for i in range(file.num_row_groups)]
-    bad = tables[row_group]
-    ids = pa.array([[10_000] * len(row) for row in bad["token_ids"].to_pylist()], pa.list_(pa.int32()))
-    tables[row_group] = bad.set_column(bad.column_names.index("token_ids"), "token_ids", ids)
-    with pq.ParquetWriter(path, file.schema_arrow) as writer:
-        for table in tables:
-            writer.write_table(table, row_group_size=table.num_rows)
 
 
 @pytest.mark.parametrize("unit", ["token", "mean"])

@@ -1,0 +1,130 @@
+"""The manifests against what KubeRay's CRDs demand, written down here since no cluster and no CRD is at hand: the
+required fields of the v1 API, the fields that exist (a misspelt one is dropped in silence), and the types that differ
+from what YAML makes of a plain value."""
+
+import shlex
+from typing import Any
+
+import pytest
+import typer.main
+
+from neuronlens.cli import app
+from tests.infra.files import docker_value, load_yaml
+
+RAY_JOB_FIELDS = {
+    "backoffLimit",
+    "submissionMode",
+    "entrypoint",
+    "shutdownAfterJobFinishes",
+    "ttlSecondsAfterFinished",
+    "rayClusterSpec",
+}
+RAY_CLUSTER_FIELDS = {
+    "rayVersion",
+    "authOptions",
+    "enableInTreeAutoscaling",
+    "autoscalerOptions",
+    "headGroupSpec",
+    "workerGroupSpecs",
+}
+WORKER_GROUP_FIELDS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+POD_FIELDS = {"terminationGracePeriodSeconds", "securityContext", "tolerations", "containers", "volumes"}
+CONTAINER_FIELDS = {"name", "image", "ports", "envFrom", "resources", "volumeMounts"}
+
+RAY_CLUSTER = load_yaml("kuberay/raycluster.yaml")
+RAY_JOB = load_yaml("kuberay/rayjob.yaml")
+SPECS = {"RayCluster": RAY_CLUSTER["spec"], "RayJob": RAY_JOB["spec"]["rayClusterSpec"]}
+
+
+def _groups(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+
+
+def test_manifests__name_the_v1_api():
+    assert (RAY_CLUSTER["apiVersion"], RAY_CLUSTER["kind"]) == ("ray.io/v1", "RayCluster")
+    assert (RAY_JOB["apiVersion"], RAY_JOB["kind"]) == ("ray.io/v1", "RayJob")
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_cluster_spec__has_the_fields_of_the_api(kind):
+    spec = SPECS[kind]
+    assert set(spec) == RAY_CLUSTER_FIELDS
+    assert set(spec["headGroupSpec"]) == {"rayStartParams", "template"}
+    for group in spec["workerGroupSpecs"]:
+        assert set(group) == WORKER_GROUP_FIELDS
+        assert group["minReplicas"] <= group["replicas"] < group["maxReplicas"]
+    for group in _groups(spec):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "the CRD takes strings only"
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_pods__are_complete(kind):
+    for group in _groups(SPECS[kind]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert set(pod) <= POD_FIELDS
+        assert set(container) <= CONTAINER_FIELDS
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        assert container["resources"]["requests"] == container["resources"]["limits"], "Ray counts the limits"
+        assert container["envFrom"] == [{"secretRef": {"name": "neuronlens-store"}}]
+        assert pod["securityContext"]["runAsNonRoot"]
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_pods__live_long_enough_for_collectors_to_finish(kind):
+    drain_seconds = int(docker_value("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"))
+    assert drain_seconds >= 10
+    for group in _groups(SPECS[kind]):
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] >= max(30, drain_seconds + 15)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_cluster_spec__scales_gpu_and_cpu_pods_and_spares_the_head(kind):
+    spec = SPECS[kind]
+    n_gpus = {
+        group["groupName"]: int(
+            group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 0)
+        )
+        for group in spec["workerGroupSpecs"]
+    }
+    assert n_gpus == {"gpu": 1, "cpu": 0}
+    assert spec["enableInTreeAutoscaling"]
+    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_cluster_spec__names_the_ray_of_the_image(kind):
+    assert SPECS[kind]["rayVersion"] == docker_value("RAY_VERSION")
+
+
+def test_ray_job__has_the_fields_of_the_api_and_goes_away():
+    spec = RAY_JOB["spec"]
+    assert set(spec) == RAY_JOB_FIELDS
+    assert spec["backoffLimit"] >= 1
+    assert spec["shutdownAfterJobFinishes"]
+    assert spec["ttlSecondsAfterFinished"] > 0
+
+
+def test_ray_job__runs_a_command_that_exists_on_a_recipe_that_is_mounted():
+    program, name, *arguments = shlex.split(RAY_JOB["spec"]["entrypoint"])
+    command = typer.main.get_command(app).commands[name]
+    params = command.make_context(name, arguments).params
+    pod = SPECS["RayJob"]["headGroupSpec"]["template"]["spec"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+    assert program == "neuronlens"
+    assert params["store"].startswith("s3://")
+    assert mounts[str(params["recipe"].parent)] == "recipe"
+
+
+def test_ray_job__is_the_cluster_of_raycluster_yaml_and_the_recipe():
+    pod = SPECS["RayJob"]["headGroupSpec"]["template"]["spec"]
+    without_recipe = pod | {
+        "containers": [
+            container | {"volumeMounts": [mount for mount in container["volumeMounts"] if mount["name"] != "recipe"]}
+            for container in pod["containers"]
+        ],
+        "volumes": [volume for volume in pod["volumes"] if volume["name"] != "recipe"],
+    }
+    head = SPECS["RayJob"]["headGroupSpec"]
+    bare = SPECS["RayJob"] | {"headGroupSpec": head | {"template": head["template"] | {"spec": without_recipe}}}
+    assert bare == SPECS["RayCluster"]

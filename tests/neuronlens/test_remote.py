@@ -1,0 +1,69 @@
+"""DuckDB reads a store behind a network with several threads, and gets each its own bytes."""
+
+import threading
+import time
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
+
+from neuronlens.query import connect
+from neuronlens.remote import SharedFile
+
+
+class _SlowFile(MemoryFile):
+    def read(self, size=-1):
+        at = self.tell()
+        time.sleep(0.001)  # what waits for a network lets other threads run
+        if self.tell() != at:
+            return super().read(size)[:-1] if size > 1 else b""
+        return super().read(size)
+
+
+class SlowFileSystem(MemoryFileSystem):
+    protocol = "slow"
+    store, pseudo_dirs, cachable = {}, [""], False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("slow://").strip("/")
+
+    def _open(self, path, mode="rb", **options):
+        file = super()._open(path, mode, **options)
+        return _SlowFile(self, path, file.getvalue()) if mode == "rb" else file
+
+
+@pytest.fixture
+def fs():
+    fsspec.register_implementation("slow", SlowFileSystem, clobber=True)
+    yield SlowFileSystem()
+    SlowFileSystem.store.clear()
+
+
+def test_connect__reads_what_is_there_with_many_threads_over_a_network(fs):
+    with fs.open("slow://bucket/values.parquet", "wb") as file:
+        pq.write_table(pa.table({"x": pa.array(range(100_000), pa.int64())}), file, row_group_size=2_500)
+    with connect(fs=fs, threads=4) as con:
+        for _ in range(3):
+            found = con.read_parquet("slow://bucket/values.parquet").sum("x").fetchall()
+            assert found == [(sum(range(100_000)),)]
+
+
+def test_shared_file__keeps_a_position_a_thread(fs):
+    with fs.open("slow://bucket/letters", "wb") as file:
+        file.write(bytes(range(200)))
+    shared, found = SharedFile(fs.open("slow://bucket/letters", "rb")), {}
+
+    def read(start):
+        shared.seek(start)
+        found[start] = [shared.read(1)[0] for _ in range(20)]
+
+    readers = [threading.Thread(target=read, args=(start,)) for start in range(0, 200, 20)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert found == {start: list(range(start, start + 20)) for start in range(0, 200, 20)}
+    assert (shared.seek(-3, 2), shared.read()) == (197, bytes([197, 198, 199]))
