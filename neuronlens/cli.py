@@ -141,8 +141,8 @@ def sql(
     output: Annotated[Format, typer.Option("--format", help="How to print the answer.")] = Format.table,
     params: Annotated[list[str] | None, typer.Option("--param", help="name=value for a $name in the query.")] = None,
 ) -> None:
-    """Ask the store in SQL. Views: samples, shards, partials, histograms, moments, overlap, salience, ranges,
-    activations."""
+    """Ask the store in SQL. Views: samples, shards, partials, histograms, moments, overlap, concept_overlap, salience,
+    ranges, activations."""
     from neuronlens.answers import answer
 
     answer(_open(store), query, output.value, dict(_assignment(param) for param in params or []))

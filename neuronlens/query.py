@@ -73,6 +73,7 @@ def connect(
         config["threads"] = threads
     con = duckdb.connect(config=config)
     con.execute("set enable_progress_bar = false")  # on by default where Python was not started with a file
+    con.execute("set parquet_metadata_cache = true")  # merge.sql reads every file twice, and no file ever changes
     if fs is not None and not _is_local(fs):
         con.register_filesystem(SharedFiles(fs))
     for name in _SETUP:

@@ -73,7 +73,7 @@ def retried(what: str, work: Callable[[], T]) -> T:
 
 
 def _passes(error: BaseException) -> bool:
-    if isinstance(error, _ANSWERS) or _number(error) in (*_NO_ROOM, *_FORBIDDEN):
+    if isinstance(error, (*_ANSWERS, PermissionError)) or _number(error) in (*_NO_ROOM, *_FORBIDDEN):
         return False
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES
 

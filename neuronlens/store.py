@@ -24,9 +24,13 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from neuronlens.errors import RunFailed, UsageError
+from neuronlens.remote import AS_ASKED
 from neuronlens.retry import Incomplete, retried
 
 T = TypeVar("T")
+
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
+"""They have no folders: asked for one, their clients look for the bucket, and make a bucket where they find none."""
 
 FORMAT_VERSION = 1
 DIGEST_BYTES = 16
@@ -50,11 +54,13 @@ class Store:
     """Reads and writes one store. Holds a location, no state: any process may open the same store at the same time."""
 
     def __init__(self, root: str, fs: fsspec.AbstractFileSystem | None = None) -> None:
+        local_root = root
         if fs is None:
             # A listing kept from before would hide what other machines have committed since.
-            fs, root = fsspec.core.url_to_fs(root, **({"use_listings_cache": False} if "://" in root else {}))
+            fs, local_root = fsspec.core.url_to_fs(root, **({"use_listings_cache": False} if "://" in root else {}))
         self.fs = fs
-        self.root = str(Path(root).resolve()) if isinstance(fs, LocalFileSystem) else root.rstrip("/")
+        self.root = str(Path(local_root).resolve()) if isinstance(fs, LocalFileSystem) else root.rstrip("/")
+        """A path, or the URL as it was given: what any command takes as --store."""
 
     @property
     def is_local(self) -> bool:
@@ -105,12 +111,18 @@ class Store:
                     _create_local(Path(path), payload)
                 else:
                     self.fs.pipe_file(path, payload, mode="create")
-            except FileExistsError:
-                # A write that was reported as failed, or tried again below us, may have arrived all the same.
-                return bool(self.fs.cat_file(path) == payload)
+            except OSError as error:
+                # Not every S3 names the condition that did not hold, so that s3fs knows FileExistsError from EINVAL.
+                # And a write that was reported as failed, or tried again below us, may have arrived all the same.
+                found = self._content(path)
+                if found is None and not isinstance(error, FileExistsError):
+                    raise
+                return found == payload
             return True
 
-        return retried(f"create {path}", create)
+        self._make_folder(path)
+        with self._in_a_bucket(path):
+            return retried(f"create {path}", create)
 
     def replace_json(self, relative: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file over what is there; a reader sees the old one or the new one."""
@@ -122,7 +134,9 @@ class Store:
             else:
                 self.fs.pipe_file(path, payload)
 
-        retried(f"write {path}", replace)
+        self._make_folder(path)
+        with self._in_a_bucket(path):
+            retried(f"write {path}", replace)
 
     def receipts(self, folder: str) -> list[dict[str, Any]]:
         """Every receipt in `commits` or `statistics`, in the order of their names."""
@@ -175,7 +189,8 @@ class Store:
             return StoredFile(kind=kind, path=relative, n_bytes=sink.n_bytes, n_rows=n_rows, blake2b=digest)
 
         try:
-            return retried(f"write {self.path(relative)}", write)
+            with self._in_a_bucket(self.path(relative)):
+                return retried(f"write {self.path(relative)}", write)
         except RunFailed:
             with contextlib.suppress(Exception):
                 self.fs.rm_file(self.path(relative))
@@ -185,8 +200,8 @@ class Store:
         """A small Parquet file, or one row group of a large one."""
 
         def read() -> pa.Table:
-            with self.fs.open(self.path(relative), "rb") as file:
-                parquet = pq.ParquetFile(file)
+            with self._opened(relative) as file:
+                parquet = pq.ParquetFile(file, pre_buffer=not self.is_local)
                 return parquet.read() if row_group is None else parquet.read_row_group(row_group)
 
         return retried(f"read {self.path(relative)}", read)
@@ -223,9 +238,32 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
 
+    @contextlib.contextmanager
+    def _opened(self, relative: str) -> Iterator[BinaryIO]:
+        with self.fs.open(self.path(relative), "rb", **({} if self.is_local else AS_ASKED)) as file:
+            yield cast(BinaryIO, file)
+
+    def _content(self, path: str) -> bytes | None:
+        try:
+            return cast(bytes, self.fs.cat_file(path))
+        except FileNotFoundError:
+            return None
+
     def _make_folder(self, path: str) -> None:
+        if not _OBJECT_STORES.isdisjoint(_protocols(self.fs)):
+            return
         folder = path.rsplit("/", 1)[0]
         retried(f"make the folder {folder}", lambda: self.fs.makedirs(folder, exist_ok=True))
+
+    @contextlib.contextmanager
+    def _in_a_bucket(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise UsageError(
+                f"{path} cannot be written ({error}). Expected a bucket that is there: make it first, or choose "
+                "another --store."
+            ) from error
 
     def _check_size(self, relative: str, n_bytes: int) -> None:
         found = self.fs.info(self.path(relative))["size"]
@@ -298,7 +336,7 @@ class Store:
     def _size_and_digest(self, relative: str) -> tuple[int, str]:
         def read() -> tuple[int, str]:
             digest, n_bytes = hashlib.blake2b(digest_size=DIGEST_BYTES), 0
-            with self.fs.open(self.path(relative), "rb") as file:
+            with self._opened(relative) as file:
                 while chunk := file.read(1 << 22):
                     digest.update(chunk)
                     n_bytes += len(chunk)
@@ -308,7 +346,7 @@ class Store:
 
     def _n_rows(self, relative: str) -> int:
         def read() -> int:
-            with self.fs.open(self.path(relative), "rb") as file:
+            with self._opened(relative) as file:
                 return int(pq.ParquetFile(file).metadata.num_rows)
 
         return retried(f"read {self.path(relative)}", read)
@@ -351,6 +389,10 @@ def receipt_of(files: Sequence[StoredFile], **fields: Any) -> dict[str, Any]:
 def files_of(receipt: Mapping[str, Any]) -> list[StoredFile]:
     """The files that a receipt names."""
     return [StoredFile(**file) for file in receipt.get("files", [])]
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
 def _json_bytes(content: Mapping[str, Any]) -> bytes:

@@ -29,8 +29,9 @@ def orphans(store: Store) -> list[Orphan]:
     store.describe()
     counted = {file.path for file in store.committed_files()}
     found = []
+    root = store.fs._strip_protocol(store.root)
     for path, info in store.fs.find(store.root, detail=True, withdirs=False).items():
-        relative = path.removeprefix(store.root).lstrip("/")
+        relative = path.removeprefix(root).lstrip("/")
         folder, name = relative.partition("/")[0], relative.rpartition("/")[2]
         is_data = folder in _DATA_FOLDERS and relative not in counted
         is_draft = (name.startswith(".") and ".json." in name) or (folder == "ranges" and name.endswith(".tmp"))

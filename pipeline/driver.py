@@ -23,12 +23,12 @@ from pipeline.coverage import coverage_of
 from pipeline.emit import emit_table
 from pipeline.erasure import evaluate_table
 from pipeline.lease import Lease
-from pipeline.plan import Plan, Shard, check_room, freeze, make_plan
+from pipeline.plan import SHARDS_IN_HAND, Plan, Shard, check_room, freeze, make_plan
 from pipeline.pool import Failure, Pool
 from pipeline.progress import QUARANTINE, CollectProgress
 from pipeline.statistics import compute_statistics, layers_of
 from pipeline.stopping import StopSignals
-from pipeline.workers import DEPTH, Layout, Spares, WorkerSpec, choose_layout, worker_starter
+from pipeline.workers import Layout, Spares, WorkerSpec, choose_layout, worker_starter
 
 DEFAULT_FOLDER = "neuronlens-runs"
 _N_ROWS_TOLD = 20
@@ -258,7 +258,7 @@ class Driver:
             )
             starter = worker_starter(spec, spares)
             try:
-                with Pool[Shard](start=starter, size=lambda: layout_now().n_workers, depth=DEPTH) as pool:
+                with Pool[Shard](start=starter, size=lambda: layout_now().n_workers, depth=SHARDS_IN_HAND) as pool:
                     failures = pool.run(todo, lambda actor, shard: actor.collect.remote(shard), progress)
             finally:
                 progress.write("stopped" if self._stop.requested else "collected")
@@ -283,13 +283,14 @@ def run(
     """
     reporter = reporter or Silent()
     driver = Driver(recipe=recipe, reporter=reporter, allow_partial=allow_partial, trust_files=trust_files)
-    with driver, Spares(recipe.compute) as spares:
-        plan, store = driver.plan(name=name, store_root=store_root)
-        with driver.holding(store, "neuronlens run") as lease:
+    with driver, contextlib.ExitStack() as stack:
+        with Spares(recipe.compute) as spares:  # they hold their cores, which the next stages need
+            plan, store = driver.plan(name=name, store_root=store_root)
+            lease = stack.enter_context(driver.holding(store, "neuronlens run"))
             driver.collect(plan, store, lease, spares)
-            driver.statistics(store)
-            table = driver.ranges(store)
-            driver.evaluate(store, table)
+        driver.statistics(store)
+        table = driver.ranges(store)
+        driver.evaluate(store, table)
     return driver.summary
 
 

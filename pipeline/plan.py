@@ -36,6 +36,8 @@ MAX_SHARD_TOKENS = 4_194_304
 WANTED_SHARDS = 64
 MAX_SHARD_RAW_BYTES = 256 * 2**20
 """The raw rows of one shard wait in memory to be written neuron by neuron."""
+SHARDS_IN_HAND = 2
+"""Shards that a collector holds at once: one in the model, one on its way to storage."""
 TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384}
 ROW_GROUPS_PER_SAMPLES_FILE = 64
 
@@ -368,9 +370,9 @@ def _estimate(
     }
     memory = {
         "weights": sum(p.numel() * p.element_size() for p in skeleton.module.parameters()),
-        "moments": n_neurons * 9 * 8,
-        "histograms": n_neurons * N_BINS * 4 if recipe.collect.histograms else 0,
-        "raw": max(rows.values()) * _raw_row_bytes(raw_sites, skeleton) * 2 if raw_kept else 0,
+        "moments": n_neurons * 9 * 8 * SHARDS_IN_HAND,
+        "histograms": n_neurons * N_BINS * 4 * SHARDS_IN_HAND if recipe.collect.histograms else 0,
+        "raw": max(rows.values()) * _raw_row_bytes(raw_sites, skeleton) * (SHARDS_IN_HAND + 1) if raw_kept else 0,
     }
     return Estimate(disk_bytes=disk, worker_memory_bytes=memory, raw_kept=raw_kept, raw_note=raw_note)
 

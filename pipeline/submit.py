@@ -6,17 +6,27 @@ The cluster's image must have neuronlens; the recipe travels with the job, and w
 """
 
 import asyncio
+import contextlib
+import os
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
-from neuronlens.errors import UsageError
+from neuronlens.errors import RunFailed, UsageError
 
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
+ANSWER_SECONDS = 10.0
+PATIENCE_SECONDS = 60.0
+
+_RAYS_VARIABLE = "RAY_API_SERVER_ADDRESS"
 
 
 def submit_run(
@@ -54,15 +64,44 @@ def submit_run(
 
 
 def follow(address: str, job: str, on_text: Callable[[str], None]) -> str:
-    """Pass on the job's log until it ends; its last status."""
+    """Pass on the job's log until it ends, and why it failed if it did; its last status.
+
+    A connection that breaks meanwhile (a proxy's time limit, a busy head) is made anew. Raises RunFailed where the
+    cluster does not answer for PATIENCE_SECONDS.
+    """
     jobs = client(address)
+    from aiohttp import ClientError  # comes with Ray's client
+
+    n_shown, answered = 0, time.monotonic()
 
     async def tail() -> None:
-        async for text in jobs.tail_job_logs(job):
-            on_text(text)
+        nonlocal n_shown
+        n_seen = 0
+        async for text in jobs.tail_job_logs(job):  # from the first line on, each time
+            new = text[max(0, n_shown - n_seen) :]
+            n_seen += len(text)
+            n_shown = max(n_shown, n_seen)
+            on_text(new)
 
-    asyncio.run(tail())
-    return str(jobs.get_job_status(job).value)
+    while True:
+        try:
+            asyncio.run(tail())
+            info = jobs.get_job_info(job)
+            answered = time.monotonic()
+        except (OSError, RuntimeError, ClientError) as error:
+            if time.monotonic() - answered > PATIENCE_SECONDS:
+                raise RunFailed(
+                    f"{address} has not answered for {PATIENCE_SECONDS:.0f} s ({_first_line(error)}). Expected to "
+                    f"follow {job} to its end; it may go on without us. Look with 'neuronlens status {job} --address "
+                    f"{address}'."
+                ) from error
+        else:
+            if info.status.value in FINISHED:
+                break
+        time.sleep(1)
+    if info.status.value != "SUCCEEDED" and info.message:
+        on_text(f"{_first_line(info.message)}\n")
+    return str(info.status.value)
 
 
 def job_of(address: str | None, job: str) -> dict[str, Any]:
@@ -82,21 +121,39 @@ def job_of(address: str | None, job: str) -> dict[str, Any]:
 
 def client(address: str | None) -> Any:
     """Ray's own client of the Jobs API. Raises UsageError where nobody answers."""
+    url = _dashboard(address)
+    os.environ[_RAYS_VARIABLE] = url  # Ray believes this, then RAY_ADDRESS, before the address that it is given
     try:
+        with contextlib.suppress(HTTPError):  # an answer too: Ray's client knows what it means
+            urlopen(f"{url}/api/version", timeout=ANSWER_SECONDS).close()
         from ray.job_submission import JobSubmissionClient
 
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(url)
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"submitting needs Ray's job client, which is not installed here ({error}): pip install "
             "'neuronlens[cluster]'."
         ) from error
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, HTTPException, RuntimeError, ValueError) as error:
+        reason = _first_line(getattr(error, "reason", error))
         raise UsageError(
-            f"No Ray dashboard answers at {address or 'RAY_API_SERVER_ADDRESS'} ({_first_line(error)}). Expected the "
-            "head's dashboard, such as http://head:8265: start it with 'ray start --head', or forward its port with "
-            "'ray dashboard cluster.yaml' or 'kubectl port-forward'."
+            f"No Ray dashboard answers at {url} ({reason}). Expected the head's dashboard, such as http://head:8265: "
+            "start it with 'ray start --head', or forward its port with 'ray dashboard cluster.yaml' or 'kubectl "
+            "port-forward'."
         ) from error
+
+
+def _dashboard(address: str | None) -> str:
+    """The URL that --address means. (Ray would take one without http:// for its GCS, and look for that for 45 s.)"""
+    if not address:
+        raise UsageError(f"No cluster was named. Give --address http://head:8265, or set {_RAYS_VARIABLE}.")
+    url = address if "://" in address else f"http://{address}"
+    if not url.startswith(("http://", "https://")) or address == "auto":
+        raise UsageError(
+            f"--address {address} is not a Ray dashboard. Expected the URL of the head's dashboard, such as "
+            "http://head:8265."
+        )
+    return url.rstrip("/")
 
 
 def _check_store(store: str) -> None:
@@ -113,5 +170,5 @@ def _within(recipe: Path, folder: Path) -> str:
     return str(recipe.resolve().relative_to(folder.resolve()))
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _first_line(text: object) -> str:
+    return str(text).strip().splitlines()[0] if str(text).strip() else type(text).__name__

@@ -22,13 +22,10 @@ from neuronlens.recipe import ComputeSection, ModelSection
 from neuronlens.store import Store
 from pipeline.collect import CollectSpec, commit_shard, read_samples, run_shard
 from pipeline.metrics import CollectorMetrics
-from pipeline.plan import Shard
+from pipeline.plan import SHARDS_IN_HAND, Shard
 from pipeline.pool import Place, Started, here
 from pipeline.stopping import GRACE_SECONDS
 from pipeline.turns import Turns
-
-DEPTH = 2
-"""Shards that a collector holds at once: one in the model, one on its way to storage."""
 
 _MEMORY_SHARE = 0.7
 """Of a machine's memory, how much the models of its workers may take together."""
@@ -84,8 +81,8 @@ class WorkerSpec:
 class ModelWorker:
     """Holds the model; collects shards and evaluates cases.
 
-    Up to DEPTH shards at once, each in a thread of its own: one in the model, the others being written. SIGTERM (its
-    node is taken away) gives it a few seconds to commit what it has in hand; what is not done by then is dropped.
+    Up to SHARDS_IN_HAND shards at once, each in a thread of its own: one in the model, the others being written.
+    SIGTERM (its node is taken away) gives it a few seconds to commit what it has in hand; the rest is dropped.
     """
 
     def __init__(self) -> None:
@@ -102,7 +99,7 @@ class ModelWorker:
         torch.set_num_threads(layout.n_threads)
         self._spec = spec
         self._loaded = load_model(model.id, revision=model.revision, dtype=model.dtype, device=layout.device_type)
-        self._turns = Turns(DEPTH)
+        self._turns = Turns(SHARDS_IN_HAND)
         self._metrics = CollectorMetrics(Path(spec.store.root).name)
         _check_store(spec.store)
         return here()
@@ -212,7 +209,7 @@ def _actor_class(layout: Layout) -> Any:
         num_gpus=layout.n_gpus,
         max_restarts=0,
         max_task_retries=0,
-        max_concurrency=DEPTH,
+        max_concurrency=SHARDS_IN_HAND,
     )
 
 

@@ -2,10 +2,11 @@
 # Slurm on this one machine, to try the scripts beside this one: installs slurmctld, slurmd and munge from Debian's
 # packages (as root), starts them with a configuration of its own under /tmp, and stops them at the end.
 #
-#   infra/slurm/try-on-one-machine.sh          # about six minutes, in an environment that has 'neuronlens[cluster]'
+#   infra/slurm/try-on-one-machine.sh          # five to eight minutes, in an environment that has 'neuronlens[cluster]'
 #
-# It runs the demo's recipe four times: whole, on two nodes (two slurmd on this machine, half of its cores each); told to
-# stop half way, so that it queues itself again and goes on; as stages apart; and cancelled, when it must not come back.
+# It runs the demo's recipe five times: whole, on two nodes (two slurmd on this machine, half of its cores each); told
+# to stop half way, so that it queues itself again and goes on; as stages apart; and twice cancelled, when it must not
+# come back.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -111,7 +112,7 @@ job=$(RECIPE=$recipe STORE=$work/runs/stopped sbatch --parsable "${options[@]}" 
 until_log_says "$job" '^collect: [1-9]'
 scancel --batch --signal=USR1 "$job"
 until_log_says "$job" 'ended with exit code'
-# Slurm lets a job that was queued again wait for two minutes.
+# Slurm lets a job that was queued again wait for two minutes. Here that would only take time.
 sleep 5
 scontrol update jobid="$job" starttime=now 2> /dev/null || true
 await "$job"
@@ -125,12 +126,15 @@ await "$collect"
 await "$statistics"
 tail -n 8 "$(log "$collect")" "$(log "$statistics")"
 
-echo '== 4. cancelled, it does not come back'
-job=$(RECIPE=$recipe STORE=$work/runs/cancelled sbatch --parsable "${options[@]}" "$here/run.sbatch")
-until_log_says "$job" '^collect: [1-9]'
-scancel "$job"
-await "$job"
-tail -n 12 "$(log "$job")"
+echo '== 4. cancelled in order and at once, it does not come back'
+for how in '--batch --signal=TERM' ''; do
+  job=$(RECIPE=$recipe STORE=$work/runs/cancelled${how:+-in-order} sbatch --parsable "${options[@]}" "$here/run.sbatch")
+  until_log_says "$job" '^collect: [1-9]'
+  # shellcheck disable=SC2086  # two words or none
+  scancel $how "$job"
+  await "$job"
+  tail -n 8 "$(log "$job")"
+done
 
 echo '== the same numbers three times'
 for store in whole stopped stages; do

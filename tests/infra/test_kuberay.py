@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import typer.main
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import validate_config
 
 from neuronlens.cli import app
 from tests.infra.files import docker_value, load_yaml
@@ -128,3 +130,20 @@ def test_ray_job__is_the_cluster_of_raycluster_yaml_and_the_recipe():
     head = SPECS["RayJob"]["headGroupSpec"]
     bare = SPECS["RayJob"] | {"headGroupSpec": head | {"template": head["template"] | {"spec": without_recipe}}}
     assert bare == SPECS["RayCluster"]
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_cluster_spec__is_read_by_rays_autoscaler_as_it_is_meant(kind):
+    """The autoscaler beside the head makes its configuration from the manifest by this function of Ray's."""
+    resource = {"metadata": {"name": "neuronlens", "namespace": "default"}, "spec": SPECS[kind]}
+    config = _derive_autoscaling_config_from_ray_cr(resource)
+    validate_config(config)
+    read = {
+        name: {amount: node["resources"].get(amount, 0) for amount in ("CPU", "GPU")} | {"at most": node["max_workers"]}
+        for name, node in config["available_node_types"].items()
+    }
+    assert read == {
+        "headgroup": {"CPU": 0, "GPU": 0, "at most": 0},
+        "gpu": {"CPU": 8, "GPU": 1, "at most": 8},
+        "cpu": {"CPU": 16, "GPU": 0, "at most": 8},
+    }

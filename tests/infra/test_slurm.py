@@ -1,5 +1,5 @@
-"""The scripts for Slurm. Linters see their text; how run.sbatch ends is tried on stand-ins for srun, ray and scontrol. On a
-real Slurm they run by infra/slurm/try-on-one-machine.sh, which needs root."""
+"""The scripts for Slurm. Linters see their text; how run.sbatch ends is tried on stand-ins for srun, ray and scontrol.
+On a real Slurm they run by infra/slurm/try-on-one-machine.sh, which needs root."""
 
 import os
 import re
@@ -101,12 +101,20 @@ def test_run_sbatch__stops_the_command_once_and_queues_itself_again_before_the_t
 
 
 def test_run_sbatch__does_not_come_back_when_it_is_cancelled(job):
-    """scancel sends TERM to the shell and, itself, to the command: here only the first, so the command goes on."""
     process = job.start("work")
     job.wait_for_line()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
-    assert job.lines() == ["at 127.0.0.1:1 by token"]
+    assert job.lines() == ["at 127.0.0.1:1 by token", "told to stop"]
+    assert process.returncode == 143
+
+
+def test_run_sbatch__is_done_when_the_command_ends_well_in_spite_of_the_signal(job):
+    process = job.start("bash", "-c", 'trap "exit 0" TERM; echo ready >> "$LOG"; while true; do sleep 0.05; done')
+    job.wait_for_line()
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert job.lines() == ["ready"]
     assert process.returncode == 0
 
 

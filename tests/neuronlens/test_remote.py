@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
 from neuronlens.query import connect
-from neuronlens.remote import SharedFile
+from neuronlens.remote import SharedFile, SharedFiles
 
 
 class _SlowFile(MemoryFile):
@@ -25,6 +25,12 @@ class _SlowFile(MemoryFile):
 class SlowFileSystem(MemoryFileSystem):
     protocol = "slow"
     store, pseudo_dirs, cachable = {}, [""], False
+    cat_file = fsspec.AbstractFileSystem.cat_file  # by open, seek and read
+    n_looked_up = 0
+
+    def info(self, path, **options):
+        type(self).n_looked_up += 1
+        return super().info(path, **options)
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -40,6 +46,7 @@ def fs():
     fsspec.register_implementation("slow", SlowFileSystem, clobber=True)
     yield SlowFileSystem()
     SlowFileSystem.store.clear()
+    SlowFileSystem.n_looked_up = 0
 
 
 def test_connect__reads_what_is_there_with_many_threads_over_a_network(fs):
@@ -54,7 +61,7 @@ def test_connect__reads_what_is_there_with_many_threads_over_a_network(fs):
 def test_shared_file__keeps_a_position_a_thread(fs):
     with fs.open("slow://bucket/letters", "wb") as file:
         file.write(bytes(range(200)))
-    shared, found = SharedFile(fs.open("slow://bucket/letters", "rb")), {}
+    shared, found = SharedFile(fs, "slow://bucket/letters", 200), {}
 
     def read(start):
         shared.seek(start)
@@ -67,3 +74,35 @@ def test_shared_file__keeps_a_position_a_thread(fs):
         reader.join()
     assert found == {start: list(range(start, start + 20)) for start in range(0, 200, 20)}
     assert (shared.seek(-3, 2), shared.read()) == (197, bytes([197, 198, 199]))
+    assert (shared.seek(-1, 1), shared.read(5), shared.read(5)) == (199, bytes([199]), b"")
+
+
+def test_connect__tries_reads_again(fs, monkeypatch):
+    with fs.open("slow://bucket/values.parquet", "wb") as file:
+        pq.write_table(pa.table({"x": pa.array(range(1000), pa.int64())}), file)
+    read, n_broken = SlowFileSystem.cat_file, 0
+
+    def broken(self, path, **options):
+        nonlocal n_broken
+        n_broken += 1
+        if n_broken % 2:
+            raise ConnectionResetError("in passing")
+        return read(self, path, **options)
+
+    monkeypatch.setattr(SlowFileSystem, "cat_file", broken)
+    monkeypatch.setattr("neuronlens.retry.FIRST_PAUSE_SECONDS", 0.01)
+    with connect(fs=fs, threads=4) as con:
+        assert con.read_parquet("slow://bucket/values.parquet").sum("x").fetchall() == [(sum(range(1000)),)]
+    assert n_broken >= 4
+
+
+def test_shared_files__look_a_file_up_once(fs):
+    fs.pipe_file("slow://bucket/letters", b"abc")
+    shared, before = SharedFiles(fs), SlowFileSystem.n_looked_up
+    for _ in range(5):
+        assert shared.exists("slow://bucket/letters")
+        assert shared.glob("slow://bucket/letters") == ["slow://bucket/letters"]
+        assert shared.open("slow://bucket/letters").read() == b"abc"
+    assert SlowFileSystem.n_looked_up == before + 1
+    assert shared.glob("slow://bucket/none") == []
+    assert not shared.exists("slow://bucket/none")

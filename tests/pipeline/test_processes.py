@@ -3,6 +3,7 @@ they began."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,12 +103,22 @@ def test_driver__ends_in_order_when_it_is_signalled(place, tmp_path, undisturbed
     assert_ended_well(Run(place, tmp_path), undisturbed)
 
 
+def test_driver__has_nothing_left_to_do_the_second_time(place, tmp_path, undisturbed):
+    """With the workers of the default recipe, which hold every core while the plan is made."""
+    copy = tmp_path / "store"
+    shutil.copytree(undisturbed[0], copy)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.parquet")}
+    assert_ended_well(Run(place, tmp_path, compute={"workers": "auto"}), undisturbed)
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*.parquet")} == before
+
+
 def test_driver__that_comes_second_says_who_is_there(place, tmp_path, undisturbed):
-    break_storage(tmp_path, SLOW)
+    break_storage(tmp_path, Fault("slow", r"partials/", seconds=10.0))
     first = Run(place, tmp_path)
     first.wait_for_commits(1)
     assert status_of(first.store)["state"] == "running"
     code, out, err = Run(place, tmp_path).end()
+    break_storage(tmp_path)
     assert (code, out) == (1, "")
     assert "is held by 'neuronlens run' of" in err
     assert f"process {first.process.pid} on" in err
