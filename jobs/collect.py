@@ -39,6 +39,7 @@ def main(
         reporter=ConsoleReporter(stderr()),
         allow_partial=allow_partial,
         trust_files=trust_files,
+        owns_process=True,
     )
     with ray_session(), driver, Spares(loaded.compute) as spares:
         plan, opened = driver.plan(name=recipe.stem, store_root=store)

@@ -25,7 +25,12 @@ def main(
 ) -> None:
     """Merge the committed shards of a store, a Ray task a layer."""
     opened = Store(store)
-    driver = Driver(recipe=recipe_of(opened, changes), reporter=ConsoleReporter(stderr()), allow_partial=allow_partial)
+    driver = Driver(
+        recipe=recipe_of(opened, changes),
+        reporter=ConsoleReporter(stderr()),
+        allow_partial=allow_partial,
+        owns_process=True,
+    )
     driver.summary.store = opened.root
     with ray_session(), driver, driver.holding(opened, "jobs.statistics"):
         driver.statistics(opened)

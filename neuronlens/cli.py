@@ -344,6 +344,7 @@ def _run(
             reporter=ConsoleReporter(stderr()),
             allow_partial=allow_partial,
             trust_files=trust_files,
+            owns_process=True,
         )
 
 

@@ -63,26 +63,29 @@ class SharedFiles(fsspec.AbstractFileSystem):
 
 
 class SharedFile:
-    """A file with one position a thread."""
+    """A file whose `seek` holds for the next `read` of the same thread. Reads in a row, without a seek between them, go
+    on where the last one ended, on whatever thread: that is how DuckDB reads JSON."""
 
     def __init__(self, fs: fsspec.AbstractFileSystem, path: str, size: int) -> None:
         self._fs, self._path, self.size = fs, path, size
-        self._position = threading.local()
+        self._sought = threading.local()
+        self._next = 0
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._position.at = offset + (0, self.tell(), self.size)[whence]
+        self._sought.at = self._next = offset + (0, self.tell(), self.size)[whence]
         return self.tell()
 
     def tell(self) -> int:
-        return int(getattr(self._position, "at", 0))
+        return int(getattr(self._sought, "at", self._next))
 
     def read(self, size: int = -1) -> bytes:
         start = self.tell()
+        self._sought.__dict__.pop("at", None)
         end = self.size if size < 0 else min(self.size, start + size)
-        if start >= end:
-            return b""
-        data: bytes = retried(f"read {self._path}", lambda: self._fs.cat_file(self._path, start=start, end=end))
-        self._position.at = start + len(data)
+        data = b""
+        if start < end:
+            data = retried(f"read {self._path}", lambda: self._fs.cat_file(self._path, start=start, end=end))
+        self._next = start + len(data)
         return data
 
     def close(self) -> None:

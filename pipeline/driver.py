@@ -87,16 +87,20 @@ class Driver:
     """One process that works on one store: what its stages share. Use it as a context; Ray must be running.
 
     `allow_partial` goes on without the shards that were given up. `trust_files` compares only the sizes of files that
-    were committed before, not their digests.
+    were committed before, not their digests. `owns_process` lets a signal end the process by force, after its grace.
     """
 
     recipe: Recipe
     reporter: Reporter = field(default_factory=Silent)
     allow_partial: bool = False
     trust_files: bool = False
+    owns_process: bool = False
     summary: Summary = field(default_factory=Summary)
-    _stop: StopSignals = field(default_factory=StopSignals)
+    _stop: StopSignals = field(init=False)
     _started: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self._stop = StopSignals(ends_process=self.owns_process)
 
     def __enter__(self) -> "Driver":
         self._stop.__enter__()
@@ -275,6 +279,7 @@ def run(
     reporter: Reporter | None = None,
     allow_partial: bool = False,
     trust_files: bool = False,
+    owns_process: bool = False,
 ) -> Summary:
     """Do the whole job, or what is left of it. Needs Ray to be running (`ray_session`).
 
@@ -282,7 +287,13 @@ def run(
     where shards were quarantined; StoreHeld where another driver works on the store; Stopped after a signal.
     """
     reporter = reporter or Silent()
-    driver = Driver(recipe=recipe, reporter=reporter, allow_partial=allow_partial, trust_files=trust_files)
+    driver = Driver(
+        recipe=recipe,
+        reporter=reporter,
+        allow_partial=allow_partial,
+        trust_files=trust_files,
+        owns_process=owns_process,
+    )
     with driver, contextlib.ExitStack() as stack:
         with Spares(recipe.compute) as spares:  # they hold their cores, which the next stages need
             plan, store = driver.plan(name=name, store_root=store_root)
@@ -303,7 +314,7 @@ def ray_session(n_cpus: int | None = None) -> Iterator[None]:
     threading.Thread(target=_import_libraries, daemon=True).start()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="ERROR", log_to_driver=False)
+        _join(os.environ["RAY_ADDRESS"])
     else:
         ray.init(
             address="local",
@@ -317,6 +328,17 @@ def ray_session(n_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False)
+    except (ray.exceptions.AuthenticationError, ConnectionError, ValueError) as error:
+        raise UsageError(
+            f"No Ray cluster lets us in at RAY_ADDRESS={address} ({str(error).strip().splitlines()[0]}). Expected the "
+            "address of a running head, such as 10.0.0.1:6379; where the cluster wants a token, set "
+            "RAY_AUTH_MODE=token. Without RAY_ADDRESS the run uses this machine."
+        ) from error
 
 
 def _import_libraries() -> None:

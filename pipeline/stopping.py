@@ -15,6 +15,8 @@ from neuronlens.errors import NeuronLensError
 
 GRACE_SECONDS = 8.0
 """For what is in hand when the signal comes: a node that is taken away gives 10 s or more."""
+FORCE_SECONDS = 6.0
+"""After that, for Ray to be taken down."""
 
 
 class Stopped(NeuronLensError):
@@ -30,9 +32,14 @@ class Stopped(NeuronLensError):
 
 
 class StopSignals:
-    """Listens from `with` to its end; in any thread but the main one it hears nothing."""
+    """Listens from `with` to its end; in any thread but the main one it hears nothing.
 
-    def __init__(self) -> None:
+    With `ends_process`, the process is ended by force where it has not ended in time: Ray may have died first, and does
+    not let go of those who wait for it.
+    """
+
+    def __init__(self, *, ends_process: bool = False) -> None:
+        self._ends_process = ends_process
         self._number: int | None = None
         self._is_gentle = False
         self._previous: dict[int, object] = {}
@@ -67,6 +74,10 @@ class StopSignals:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         is_first, self._number = self._number is None, number
+        if is_first and self._ends_process:
+            last_resort = threading.Timer(GRACE_SECONDS + FORCE_SECONDS, os._exit, (128 + number,))
+            last_resort.daemon = True
+            last_resort.start()
         if not (self._is_gentle and is_first):
             raise Stopped(number)
         os.write(2, b"\nneuronlens: finishing what is nearly done; the same signal again stops at once.\n")

@@ -6,7 +6,6 @@ The cluster's image must have neuronlens; the recipe travels with the job, and w
 """
 
 import asyncio
-import contextlib
 import os
 import shlex
 import shutil
@@ -124,23 +123,37 @@ def client(address: str | None) -> Any:
     url = _dashboard(address)
     os.environ[_RAYS_VARIABLE] = url  # Ray believes this, then RAY_ADDRESS, before the address that it is given
     try:
-        with contextlib.suppress(HTTPError):  # an answer too: Ray's client knows what it means
-            urlopen(f"{url}/api/version", timeout=ANSWER_SECONDS).close()
+        urlopen(f"{url}/api/version", timeout=ANSWER_SECONDS).close()
+    except HTTPError:
+        pass  # an answer too: Ray's client knows what it means
+    except (OSError, HTTPException, ValueError) as error:
+        raise _nobody(url, getattr(error, "reason", error)) from error
+    try:
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
-        return JobSubmissionClient(url)
+        try:
+            return JobSubmissionClient(url)
+        except AuthenticationError as error:
+            raise UsageError(
+                f"{url} wants another token ({_first_line(error)}). Expected RAY_AUTH_MODE=token in the environment, "
+                "and the cluster's token in RAY_AUTH_TOKEN or in ~/.ray/auth_token."
+            ) from error
     except (ImportError, AttributeError) as error:
         raise UsageError(
             f"submitting needs Ray's job client, which is not installed here ({error}): pip install "
             "'neuronlens[cluster]'."
         ) from error
-    except (OSError, HTTPException, RuntimeError, ValueError) as error:
-        reason = _first_line(getattr(error, "reason", error))
-        raise UsageError(
-            f"No Ray dashboard answers at {url} ({reason}). Expected the head's dashboard, such as http://head:8265: "
-            "start it with 'ray start --head', or forward its port with 'ray dashboard cluster.yaml' or 'kubectl "
-            "port-forward'."
-        ) from error
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _nobody(url, error) from error
+
+
+def _nobody(url: str, reason: object) -> UsageError:
+    return UsageError(
+        f"No Ray dashboard answers at {url} ({_first_line(reason)}). Expected the head's dashboard, such as "
+        "http://head:8265: start it with 'ray start --head', or forward its port with 'ray dashboard cluster.yaml' or "
+        "'kubectl port-forward'."
+    )
 
 
 def _dashboard(address: str | None) -> str:

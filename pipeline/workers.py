@@ -64,7 +64,10 @@ def choose_layout(compute: ComputeSection, *, n_jobs: int, worker_memory_bytes: 
         n_bytes = resources.get("memory", 0) * _MEMORY_SHARE
         room = min(n_cores, int(n_bytes / max(1, worker_memory_bytes)) if n_bytes else n_cores)
     n_workers = max(1, min(room, n_jobs)) if compute.workers == "auto" else compute.workers
-    return Layout(n_workers=n_workers, n_gpus=n_gpus, n_threads=max(1, n_cores // n_workers))
+    n_node_cores = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
+    return Layout(
+        n_workers=n_workers, n_gpus=n_gpus, n_threads=max(1, min(n_cores // n_workers, n_node_cores or n_cores))
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,6 +217,9 @@ def _actor_class(layout: Layout) -> Any:
 
 
 def _cpu_share(layout: Layout) -> float:
-    """More workers than cores still start: they share, a core's fraction each."""
+    """More workers than cores still start on this machine: they share, a core's fraction each. On a cluster, which may
+    grow, they wait for cores of their own."""
+    if os.environ.get("RAY_ADDRESS"):
+        return float(layout.n_threads)
     n_cores = ray.cluster_resources().get("CPU", 1.0)
     return min(float(layout.n_threads), int(n_cores / layout.n_workers * 1000) / 1000)

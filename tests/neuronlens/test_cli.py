@@ -146,3 +146,41 @@ def test_cli__every_command_has_help_with_an_example(command):
     done = neuronlens(command, "--help")
     assert done.returncode == 0
     assert f"neuronlens {command}" in done.stdout
+
+
+def test_status__says_what_is_done(finished, folder):
+    done = neuronlens("status", "store", "--json", cwd=folder)
+    status = json.loads(done.stdout)
+    assert status["state"] == "idle"
+    assert status["shards"] == {"waiting": 0, "running": 0, "committed": 2, "retrying": 0, "quarantined": 0}
+    assert status["n_tokens_committed"] == status["n_tokens"] == json.loads(finished.stdout)["n_tokens"]
+    assert json.loads(finished.stdout)["range_table"] in status["range_tables"]
+    assert "2: 2 committed" in done.stderr
+
+
+def test_clean__removes_what_no_receipt_names(finished, folder):
+    orphan = folder / "store" / "partials" / "shard-00000.0123456789ab.parquet"
+    orphan.write_bytes(b"half a fi")
+    dry = neuronlens("clean", "store", "--dry-run", "--json", cwd=folder)
+    assert json.loads(dry.stdout) == {"files": [f"partials/{orphan.name}"], "bytes": 9, "removed": False}
+    assert orphan.exists()
+    done = neuronlens("clean", "store", "--json", cwd=folder)
+    assert json.loads(done.stdout)["removed"]
+    assert not orphan.exists()
+    assert neuronlens("verify", "store", cwd=folder).returncode == 0
+
+
+@pytest.mark.parametrize("job", ["collect", "statistics", "ranges", "evaluate"])
+def test_job__says_how_it_is_used(job):
+    done = subprocess.run([sys.executable, "-m", f"jobs.{job}", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert f"Example: python -m jobs.{job}" in done.stdout
+
+
+def test_job__ends_a_mistake_in_one_sentence(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.statistics", str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "There is no store at" in done.stderr
+    assert "Traceback" not in done.stderr

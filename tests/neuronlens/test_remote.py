@@ -58,23 +58,41 @@ def test_connect__reads_what_is_there_with_many_threads_over_a_network(fs):
             assert found == [(sum(range(100_000)),)]
 
 
-def test_shared_file__keeps_a_position_a_thread(fs):
-    with fs.open("slow://bucket/letters", "wb") as file:
-        file.write(bytes(range(200)))
-    shared, found = SharedFile(fs, "slow://bucket/letters", 200), {}
+@pytest.fixture
+def letters(fs):
+    fs.pipe_file("slow://bucket/letters", bytes(range(200)))
+    return SharedFile(fs, "slow://bucket/letters", 200)
+
+
+def test_shared_file__reads_where_its_own_thread_sought(letters):
+    found, all_sought = {}, threading.Barrier(10)
 
     def read(start):
-        shared.seek(start)
-        found[start] = [shared.read(1)[0] for _ in range(20)]
+        letters.seek(start)
+        all_sought.wait()
+        found[start] = letters.read(20)
 
     readers = [threading.Thread(target=read, args=(start,)) for start in range(0, 200, 20)]
     for reader in readers:
         reader.start()
     for reader in readers:
         reader.join()
-    assert found == {start: list(range(start, start + 20)) for start in range(0, 200, 20)}
-    assert (shared.seek(-3, 2), shared.read()) == (197, bytes([197, 198, 199]))
-    assert (shared.seek(-1, 1), shared.read(5), shared.read(5)) == (199, bytes([199]), b"")
+    assert found == {start: bytes(range(start, start + 20)) for start in range(0, 200, 20)}
+
+
+def test_shared_file__goes_on_where_another_thread_ended(letters):
+    letters.seek(0)
+    found = [letters.read(5)]
+    other = threading.Thread(target=lambda: found.append(letters.read(5)))
+    other.start()
+    other.join()
+    found.append(letters.read(5))
+    assert b"".join(found) == bytes(range(15))
+
+
+def test_shared_file__seeks_as_a_file_does(letters):
+    assert (letters.seek(-3, 2), letters.read()) == (197, bytes([197, 198, 199]))
+    assert (letters.seek(-1, 1), letters.read(5), letters.read(5)) == (199, bytes([199]), b"")
 
 
 def test_connect__tries_reads_again(fs, monkeypatch):

@@ -69,7 +69,7 @@ def test_run__goes_on_when_a_collector_is_killed_in_the_middle_of_a_shard(place,
     assert_same_tables(faulty(tmp_path), undisturbed)
 
 
-@pytest.mark.parametrize("action", ["kill", "raise"])
+@pytest.mark.parametrize("action", [pytest.param("kill", marks=pytest.mark.slow), "raise"])
 def test_run__quarantines_a_shard_that_fails_every_time(place, tmp_path, undisturbed, action):
     break_storage(tmp_path, Fault(action, r"partials/shard-00002"))
     with pytest.raises(RunFailed, match=r"1 of \d+ shards failed") as raised:
@@ -92,6 +92,7 @@ def test_run__quarantines_a_shard_that_fails_every_time(place, tmp_path, undistu
     assert status_of(store)["shards"]["quarantined"] == 0
 
 
+@pytest.mark.slow
 def test_run__stamps_the_coverage_where_it_may_go_on_without_a_shard(place, tmp_path):
     break_storage(tmp_path, Fault("raise", r"partials/shard-00002"))
     notes = Notes()
@@ -170,6 +171,7 @@ def test_orphans__are_ignored_and_cleaned(place, tmp_path, undisturbed):
     assert_same_tables(copy, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "receipt"])
 @pytest.mark.parametrize("folder", ["partials", "raw"])
 def test_run__collects_a_damaged_shard_again_and_no_other(place, tmp_path, undisturbed, damage, folder):
@@ -201,6 +203,7 @@ def test_run__collects_a_damaged_shard_again_and_no_other(place, tmp_path, undis
     assert_same_tables(copy, undisturbed)
 
 
+@pytest.mark.slow
 def test_run__outlives_storage_that_fails_now_and_then(place, tmp_path, undisturbed):
     break_storage(
         tmp_path,
@@ -214,6 +217,7 @@ def test_run__outlives_storage_that_fails_now_and_then(place, tmp_path, undistur
     assert_same_tables(faulty(tmp_path), undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["raise", "half"])
 def test_run__never_commits_without_its_files(place, tmp_path, action):
     break_storage(tmp_path, Fault(action, r"histograms/"))
@@ -223,6 +227,7 @@ def test_run__never_commits_without_its_files(place, tmp_path, action):
     assert n_times(tmp_path) <= 6 * 9, "storage that is down ends the run, not each shard in its turn"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "said"), [("full", "no room left"), ("readonly", "may not be written")])
 def test_run__stops_at_once_where_nothing_can_be_written(place, tmp_path, undisturbed, action, said):
     break_storage(tmp_path, Fault(action, r"partials/shard-0000[0-4]"))
@@ -236,6 +241,7 @@ def test_run__stops_at_once_where_nothing_can_be_written(place, tmp_path, undist
     assert_same_tables(faulty(tmp_path), undisturbed)
 
 
+@pytest.mark.slow
 def test_run__does_not_mind_clocks_that_disagree(place, tmp_path, undisturbed):
     """Receipts from machines whose clocks are decades off, and a dead driver's lease from one of them."""
     copy = tmp_path / "store"
@@ -249,12 +255,14 @@ def test_run__does_not_mind_clocks_that_disagree(place, tmp_path, undisturbed):
     assert_same_tables(copy, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_workers", [1, 7])
 def test_run__gives_the_same_for_any_number_of_workers(place, tmp_path, undisturbed, n_workers):
     run(place, tmp_path, compute={"workers": n_workers}, test=None)
     assert_same_tables(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_run__drops_what_a_signalled_collector_had_in_hand(place, tmp_path, undisturbed):
     """SIGTERM to a collector, as a node that is taken away sends it: gone within 10 s, its shard done elsewhere."""
     break_storage(tmp_path, Fault("slow", r"partials/", seconds=0.5), Fault("slow", r"shard-00004", 1, seconds=30))

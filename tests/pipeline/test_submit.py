@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -35,11 +36,25 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_command(*command, timeout=240) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+TOKEN = secrets.token_hex(32)
+
+
+def environment(token=TOKEN) -> dict[str, str]:
+    """Nothing of Ray's but what a person exports; the venv's commands on the path; no proxy for this machine."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {
+        "PATH": f"{PYTHON_BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "no_proxy": "127.0.0.1",
+    }
+
+
+def run_command(*command, timeout=240, token=TOKEN) -> subprocess.CompletedProcess:
     return subprocess.run(
         [str(word) for word in command],
-        env=environment | {"PATH": f"{PYTHON_BIN}:{os.environ['PATH']}"},
+        env=environment(token),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -47,8 +62,8 @@ def run_command(*command, timeout=240) -> subprocess.CompletedProcess:
     )
 
 
-def neuronlens(*arguments, timeout=240) -> subprocess.CompletedProcess:
-    return run_command(sys.executable, "-m", "neuronlens", *arguments, timeout=timeout)
+def neuronlens(*arguments, token=TOKEN) -> subprocess.CompletedProcess:
+    return run_command(sys.executable, "-m", "neuronlens", *arguments, token=token)
 
 
 class Cluster:
@@ -69,11 +84,9 @@ class Cluster:
             "temp-dir": folder,
         }
         command = ["ray", "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        environment |= {"PATH": f"{PYTHON_BIN}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
         self.log = Path(folder) / "start.log"
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
 
     def wait(self) -> None:
         end = time.monotonic() + START_SECONDS
@@ -81,9 +94,14 @@ class Cluster:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, f"no dashboard within {START_SECONDS} s: {self.log.read_text()}"
             with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{self.address}/api/version", timeout=2).close()
+                self.get(f"{self.address}/api/version")
                 return
             time.sleep(0.5)
+
+    def get(self, url: str) -> str:
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+            return answer.read().decode()
 
     def stop(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -94,8 +112,7 @@ class Cluster:
 
     def metrics(self) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
         """What Prometheus would read now: name -> sorted tags -> value."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
+        text = self.get(f"http://127.0.0.1:{self.metrics_port}/metrics")
         found: dict = {}
         for name, tags, value in re.findall(r"^ray_(neuronlens_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
             labels = tuple(sorted(re.findall(r'(\w+)="([^"]*)"', tags)))
@@ -230,6 +247,15 @@ def test_ray_job_submit__runs_the_same_command(cluster, place, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     store = Store(str(tmp_path / "store"))
     assert len(store.names("commits")) == len(load_shards(store)) > 0
+
+
+@pytest.mark.slow
+def test_submit__says_that_it_lacks_the_token(cluster, place, tmp_path):
+    recipe = recipe_file(place, tmp_path)
+    options = ["--address", cluster.address, "--store", tmp_path / "store"]
+    done = neuronlens("submit", recipe, *options, token=secrets.token_hex(32))
+    assert done.returncode == 2
+    assert re.fullmatch(r"neuronlens: http://\S+ wants another token \(.*RAY_AUTH_TOKEN or .*\n", done.stderr)
 
 
 @pytest.mark.slow
