@@ -42,7 +42,13 @@ def answer(store: Store, query: str | None, form: str, params: Mapping[str, Any]
                 raise UsageError("That statement answers nothing. Ask with select, from, describe or summarize.")
             _print(relation.to_arrow_reader(_BATCH_ROWS), form)
         except duckdb.Error as error:
-            raise UsageError(f"DuckDB cannot answer that: {str(error).strip()}") from error
+            raise UsageError(f"DuckDB cannot answer that: {_sentence(error)}") from error
+
+
+def _sentence(error: duckdb.Error) -> str:
+    """DuckDB's own words. Where its error began in Python (a remote file), only the last line of the traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text
 
 
 def _list_questions(console: Console) -> None:

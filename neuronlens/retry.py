@@ -73,7 +73,7 @@ def retried(what: str, work: Callable[[], T]) -> T:
 
 
 def _passes(error: BaseException) -> bool:
-    if isinstance(error, (*_ANSWERS, PermissionError)) or _number(error) in (*_NO_ROOM, *_FORBIDDEN):
+    if isinstance(error, _ANSWERS) or _is_refused(error) or _number(error) in _NO_ROOM:
         return False
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK_PACKAGES
 
@@ -84,12 +84,21 @@ def _hopeless(what: str, error: Exception) -> str | None:
             f"could not {what}: there is no room left ({error}). What was committed is kept: make room, or set "
             "collect.raw to none in a new store, and run the same command again."
         )
-    if _number(error) in _FORBIDDEN or isinstance(error, PermissionError):
+    if _is_refused(error):
         return (
-            f"could not {what}: the storage may not be written ({error}). Expected a store that this user can write: "
+            f"could not {what}: the storage does not let us ({error}). Expected a store that this user may use so: "
             "mount it read-write, mend its permissions or the credentials, or choose another --store."
         )
     return None
+
+
+def _is_refused(error: BaseException) -> bool:
+    """No permission, a disk mounted read-only, or no credentials at all (botocore's own error, which is no OSError)."""
+    return (
+        isinstance(error, PermissionError)
+        or _number(error) in _FORBIDDEN
+        or type(error).__name__ == "NoCredentialsError"
+    )
 
 
 def _number(error: BaseException) -> int | None:

@@ -55,8 +55,8 @@ def test_retried__says_what_failed_and_how_often_in_the_end():
     [
         (errno.ENOSPC, "no room left"),
         (errno.EDQUOT, "no room left"),
-        (errno.EROFS, "may not be written"),
-        (errno.EACCES, "may not be written"),
+        (errno.EROFS, "does not let us"),
+        (errno.EACCES, "does not let us"),
     ],
 )
 def test_retried__does_not_wait_for_what_stays(pauses, number, said):

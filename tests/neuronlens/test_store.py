@@ -9,6 +9,7 @@ import pytest
 
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.store import Store, content_hash, new_attempt, receipt_of
+from tests.faults import Fault, break_storage, n_times
 
 SCHEMA = pa.schema([("x", pa.int64())])
 
@@ -82,6 +83,38 @@ def test_store__finds_every_kind_of_damage(tmp_path):
     assert len(faults) == 3
     for name, word in ((missing, "missing"), (truncated, "bytes"), (flipped, "BLAKE2b")):
         assert any(name.name in fault and word in fault for fault in faults)
+
+
+def test_store__compares_sizes_only_where_files_are_trusted(tmp_path):
+    store = Store(str(tmp_path))
+    whole, flipped, cut = (write(store) for _ in range(3))
+    for file, change in (
+        (flipped, lambda content: content[:20] + b"?" + content[21:]),
+        (cut, lambda content: content[:-1]),
+    ):
+        path = Path(store.path(file.path))
+        path.write_bytes(change(path.read_bytes()))
+    assert [fault is None for fault in store.faults_of([whole, flipped, cut])] == [True, False, False]
+    assert [fault is None for fault in store.faults_of([whole, flipped, cut], digests=False)] == [True, True, False]
+
+
+def test_store__writes_again_what_arrived_by_half(tmp_path, monkeypatch):
+    monkeypatch.setattr("neuronlens.retry.FIRST_PAUSE_SECONDS", 0.01)
+    break_storage(tmp_path, Fault("half", "partials/", times=2), Fault("raise", "partials/", times=1))
+    store = Store(f"faulty://{tmp_path}/store")
+    file = write(store)
+    assert store.fault_of(file) is None
+    assert n_times(tmp_path) == 3
+
+
+def test_store__leaves_nothing_behind_where_it_cannot_write(tmp_path, monkeypatch):
+    monkeypatch.setattr("neuronlens.retry.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("neuronlens.retry.MAX_TRIES", 2)
+    break_storage(tmp_path, Fault("half", "partials/"))
+    store = Store(f"faulty://{tmp_path}/store")
+    with pytest.raises(RunFailed, match=r"bytes were written, 100 are there"):
+        write(store)
+    assert store.names("partials") == []
 
 
 def test_store__works_on_any_fsspec_url():

@@ -147,7 +147,9 @@ def test_run__counts_correct_answers_only_where_asked(place, tmp_path):
     assert n["anger"] < 40
 
 
-@pytest.mark.parametrize("architecture", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize(
+    "architecture", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("distilbert", "roberta"))]
+)
 def test_run__evaluates_a_classifier_by_its_head(place, tmp_path, architecture):
     save_tiny(tmp_path / "model", architecture, head="classifier")
     summary = run(

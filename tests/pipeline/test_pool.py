@@ -41,6 +41,11 @@ class BadWorker:
         raise self.error
 
 
+@pytest.fixture(autouse=True)
+def _short_wait(monkeypatch):
+    monkeypatch.setattr("pipeline.pool.NODE_DEATH_SECONDS", 0.3)
+
+
 class Notes(Watcher):
     def __init__(self, stop_after=None):
         self.results, self.starts, self.tries, self.most_workers = {}, Counter(), [], 0

@@ -183,7 +183,7 @@ def _may_mount():
             'dd if=/dev/zero of="$0/filler" bs=4k 2>/dev/null || true) & ',
             "no room left",
         ),
-        ('mount -t tmpfs -o ro tmpfs "$0"; ', "may not be written"),
+        ('mount -t tmpfs -o ro tmpfs "$0"; ', "does not let us"),
     ],
     ids=["full", "readonly"],
 )

@@ -402,6 +402,7 @@ def test_compute_statistics__survives_the_death_of_a_worker(store, tmp_path, mon
     assert store.faults() == []
 
 
+@pytest.mark.slow
 def test_compute_statistics__runs_on_nodes_of_different_sizes(store, tmp_path):
     """A head without CPUs and nodes of 1 and 3: in a process of its own, since Ray allows one cluster in each."""
     code = """
