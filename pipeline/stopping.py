@@ -15,7 +15,7 @@ from neuronlens.errors import NeuronLensError
 
 GRACE_SECONDS = 8.0
 """For what is in hand when the signal comes: a node that is taken away gives 10 s or more."""
-FORCE_SECONDS = 6.0
+FORCE_SECONDS = 15.0
 """After that, for Ray to be taken down."""
 
 

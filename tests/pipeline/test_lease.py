@@ -49,7 +49,8 @@ def test_lease__is_given_back(store):
     assert store.names("leases") == []
 
 
-def test_lease__names_the_holder_and_stops_at_once_on_the_same_machine(store):
+def test_lease__names_the_holder_and_stops_at_once_on_the_same_machine(store, monkeypatch):
+    monkeypatch.setattr(lease_module, "STALE_SECONDS", 600.0)
     started = time.monotonic()
     with (
         Lease(store, "neuronlens run"),
@@ -57,7 +58,7 @@ def test_lease__names_the_holder_and_stops_at_once_on_the_same_machine(store):
         Lease(store, "another"),
     ):
         pass
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 60
 
 
 def _hold(root, ready):
@@ -66,7 +67,8 @@ def _hold(root, ready):
         time.sleep(60)
 
 
-def test_lease__of_a_killed_process_is_taken_at_once(tmp_path):
+def test_lease__of_a_killed_process_is_taken_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease_module, "STALE_SECONDS", 600.0)
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     holder = context.Process(target=_hold, args=(str(tmp_path), ready))
@@ -77,7 +79,7 @@ def test_lease__of_a_killed_process_is_taken_at_once(tmp_path):
     started = time.monotonic()
     with Lease(Store(str(tmp_path)), "next"):
         assert current(Store(str(tmp_path)))[0] == 2
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 60
 
 
 def test_lease__of_a_reused_process_number_is_not_taken_for_alive(store):
