@@ -126,11 +126,9 @@ class Driver:
         self.reporter.say(plan.estimate.raw_note)
         return plan, store
 
-    @contextlib.contextmanager
-    def holding(self, store: Store, purpose: str) -> Iterator[Lease]:
-        """No other driver works on the store meanwhile. Raises StoreHeld where one does."""
-        with Lease(store, purpose, self.reporter.say) as lease:
-            yield lease
+    def holding(self, store: Store, purpose: str) -> Lease:
+        """Within it, no other driver works on the store. Entering it raises StoreHeld where one does."""
+        return Lease(store, purpose, self.reporter.say)
 
     def collect(self, plan: Plan, store: Store, lease: Lease, spares: Spares | None = None) -> None:
         """Freeze the plan, or go on with the one that is frozen, and run the shards that no receipt names yet.

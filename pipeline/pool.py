@@ -19,7 +19,6 @@ from neuronlens.errors import NeuronLensError, RunFailed
 from neuronlens.retry import StorageFailed, StoreUnusable
 
 Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 MAX_TRIES = 3
 MAX_LOST_NODES = 10
