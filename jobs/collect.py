@@ -7,7 +7,7 @@ The same command again goes on where it stopped. Then jobs.statistics, on any no
 
 import typer
 
-from neuronlens.cli import (
+from neuronlens.cli.app import (
     ChangesOption,
     JsonOption,
     PartialOption,

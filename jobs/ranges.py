@@ -7,7 +7,7 @@ Starts no Ray and loads no model.
 
 import typer
 
-from neuronlens.cli import ChangesOption, JsonOption, StoreArgument
+from neuronlens.cli.app import ChangesOption, JsonOption, StoreArgument
 from neuronlens.console import command_line, print_json, stderr
 from neuronlens.report import coverage_line
 from neuronlens.store import Store

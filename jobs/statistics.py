@@ -7,7 +7,7 @@ Needs neither the model nor the texts. The same command again makes only the lay
 
 import typer
 
-from neuronlens.cli import ChangesOption, JsonOption, PartialOption, StoreArgument
+from neuronlens.cli.app import ChangesOption, JsonOption, PartialOption, StoreArgument
 from neuronlens.console import ConsoleReporter, command_line, print_json, stderr
 from neuronlens.store import Store
 from pipeline.driver import Driver, ray_session

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import duckdb
 import pyarrow as pa
@@ -94,7 +94,7 @@ def attach(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], *, f
         return
     urls = [_url(path, fs) for path in paths]
     if kind == "commits":
-        relation = con.read_json(urls, columns=_COMMIT_COLUMNS, format="auto")  # type: ignore[arg-type]
+        relation = con.read_json(urls, columns=cast(Any, _COMMIT_COLUMNS), format="auto")
     else:
         relation = con.read_parquet(urls, hive_partitioning=kind == "raw", filename=kind == "ranges")
     relation.create_view(f"{kind}_files", replace=True)

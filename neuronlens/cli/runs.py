@@ -1,74 +1,35 @@
-"""The command line. What a script reads goes to stdout, what a person reads to stderr.
-
-neuronlens --help
-"""
+"""The commands that run jobs: demo, run, plan, submit, status, clean."""
 
 import contextlib
-import json
 import os
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from neuronlens.console import ConsoleReporter, command_line, print_json, stderr
+from neuronlens.cli.app import (
+    AddressOption,
+    ChangesOption,
+    JsonOption,
+    PartialOption,
+    RecipeArgument,
+    StoreArgument,
+    StoreOption,
+    TrustOption,
+    app,
+    open_store,
+)
+from neuronlens.console import ConsoleReporter, print_json, stderr
 from neuronlens.errors import RunFailed, UsageError
 
 if TYPE_CHECKING:
     from neuronlens.recipe import Recipe
-    from neuronlens.store import Store
     from pipeline.driver import Summary
-
-app = typer.Typer(
-    name="neuronlens",
-    help="Which values does each neuron take under each concept, and what happens when you take just those away?",
-    epilog="Start with: neuronlens demo",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="markdown",
-)
-
-
-class Format(StrEnum):
-    table = "table"
-    csv = "csv"
-    json = "json"
-    parquet = "parquet"
-
 
 _WATCH_SECONDS = 5.0
 _N_SHOWN = 20
-
-RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
-StoreArgument = Annotated[str, typer.Argument(help="A store: the directory that a run printed.", show_default=False)]
-StoreOption = Annotated[str | None, typer.Option("--store", help="Where the store goes [default: neuronlens-runs/].")]
-ChangesOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a recipe key: section.key=value. May be repeated.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on stdout.")]
-TableOption = Annotated[str | None, typer.Option("--table", help="A range table's id, where the store has several.")]
-
-
-AddressOption = Annotated[
-    str | None, typer.Option(help="The Ray dashboard, such as http://head:8265.", envvar="RAY_API_SERVER_ADDRESS")
-]
-PartialOption = Annotated[
-    bool,
-    typer.Option("--allow-partial", help="Go on without shards that failed; every output says its coverage."),
-]
-TrustOption = Annotated[
-    bool,
-    typer.Option("--trust-files", help="On a resume, compare only the sizes of committed files, not their checksums."),
-]
-
-
-def main() -> None:
-    """The entry point."""
-    command_line(app)
 
 
 @app.command(
@@ -78,7 +39,7 @@ def demo(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Run the whole job on the model and the corpus that the package ships: about a minute, no GPU, no network."""
     from neuronlens.recipe import load_recipe
 
-    recipe = load_recipe(Path(__file__).parent / "demo" / "recipe.yaml")
+    recipe = load_recipe(Path(__file__).parents[1] / "demo" / "recipe.yaml")
     summary = _run(recipe, name="demo", store=store)
     _print_summary(recipe, summary)
     stderr().print(_next_commands(summary.store), highlight=False, markup=False, soft_wrap=True)
@@ -128,95 +89,6 @@ def plan(recipe: RecipeArgument, changes: ChangesOption = None, as_json: JsonOpt
     stderr().print(estimate.raw_note, highlight=False)
     if as_json:
         print_json(numbers)
-
-
-@app.command(
-    epilog='Example: `neuronlens sql STORE "select layer, median(kurtosis) from moments group by all" --format csv`'
-)
-def sql(
-    store: StoreArgument,
-    query: Annotated[
-        str | None, typer.Argument(help="SQL, or a question from sql/ by name. Without it: what there is.")
-    ] = None,
-    output: Annotated[Format, typer.Option("--format", help="How to print the answer.")] = Format.table,
-    params: Annotated[list[str] | None, typer.Option("--param", help="name=value for a $name in the query.")] = None,
-) -> None:
-    """Ask the store in SQL. Views: samples, shards, partials, histograms, moments, overlap, concept_overlap, salience,
-    ranges, activations."""
-    from neuronlens.answers import answer
-
-    answer(_open(store), query, output.value, dict(_assignment(param) for param in params or []))
-
-
-@app.command(epilog="Example: `neuronlens ranges STORE --tau 2.0 --top-fraction 0.5`")
-def ranges(
-    store: StoreArgument,
-    tau: Annotated[float, typer.Option(help="Half width of a range in standard deviations.")] = 2.5,
-    top_fraction: Annotated[float, typer.Option(help="Share of a layer's neurons that count as salient.")] = 0.3,
-    salience: Annotated[str, typer.Option(help="mean_abs, cohens_d or selectivity.")] = "mean_abs",
-    as_json: JsonOption = False,
-) -> None:
-    """Make another range table from the same statistics: no forward pass, seconds."""
-    from neuronlens.recipe import RangesSection, parse_section
-    from pipeline.emit import emit_table
-
-    asked = parse_section(
-        RangesSection, {"tau": tau, "top_fraction": top_fraction, "salience": salience}, origin="ranges"
-    )
-    table = emit_table(_open(store), tau=asked.tau, top_fraction=asked.top_fraction, salience=asked.salience)
-    stderr().print(f"{table.id}: {table.rows.num_rows:,} ranges, tau {tau:g}, top {top_fraction:.0%} by {salience}")
-    if as_json:
-        print_json({"range_table": table.id, "rows": table.rows.num_rows})
-
-
-@app.command(epilog="Example: `neuronlens evaluate STORE --table tbl_0123456789abcdef --json`")
-def evaluate(
-    store: StoreArgument,
-    table: TableOption = None,
-    layers: Annotated[list[int] | None, typer.Option("--layer", help="Only in this layer. Repeatable.")] = None,
-    action: Annotated[str, typer.Option(help="zero, mean, dampen, adaptive or set.")] = "zero",
-    factor: Annotated[float | None, typer.Option(help="What dampen and adaptive multiply by.")] = None,
-    value: Annotated[float | None, typer.Option(help="What set puts in place.")] = None,
-    changes: ChangesOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """What do the ranges erase, and what do they spare? Against the bare model and whole-neuron masking."""
-    from neuronlens.programs import Edit
-    from neuronlens.recipe import parse_section
-    from neuronlens.report import erasure_table
-    from pipeline.driver import ray_session
-    from pipeline.emit import load_table
-    from pipeline.erasure import evaluate_table, recipe_of
-
-    opened = _open(store)
-    chosen, recipe = load_table(opened, table), recipe_of(opened, changes)
-    asked = {"action": action, "factor": factor, "value": value, "layers": tuple(layers) if layers else None}
-    edit = parse_section(Edit, {key: given for key, given in asked.items() if given is not None}, origin="evaluate")
-    with ray_session():
-        rows = evaluate_table(recipe, opened, chosen, ConsoleReporter(stderr()), edit)
-    stderr().print(erasure_table(rows))
-    if as_json:
-        print_json({"rows": rows})
-
-
-@app.command(epilog="Example: `neuronlens verify STORE --json`")
-def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Read every committed file again: is it there, are its bytes and rows what its receipt says? Exit code 1 if
-    not."""
-
-    opened = _open(store)
-    n_bytes = sum(file.n_bytes for file in opened.committed_files())
-    with ConsoleReporter(stderr()).stage("verify", n_bytes, "bytes") as advance:
-        faults = opened.faults(on_file=lambda file: advance(file.n_bytes))
-    for fault in faults:
-        stderr().print(fault, style="red", highlight=False, markup=False, soft_wrap=True)
-    stderr().print(f"{len(faults)} faults" if faults else f"All committed files are right ({n_bytes:,} bytes).")
-    if as_json:
-        print_json({"ok": not faults, "faults": faults})
-    if faults:
-        raise RunFailed(
-            f"{opened.root} has {len(faults)} damaged files; expected none. Run the same recipe again to mend it."
-        )
 
 
 @app.command(
@@ -313,7 +185,7 @@ def clean(
     from pipeline.clean import orphans
     from pipeline.lease import Lease
 
-    opened, console = _open(store), stderr()
+    opened, console = open_store(store), stderr()
     with contextlib.nullcontext() if dry_run else Lease(opened, "neuronlens clean", console.print):
         found = orphans(opened)
         if not dry_run:
@@ -346,14 +218,6 @@ def _run(
             trust_files=trust_files,
             owns_process=True,
         )
-
-
-def _open(store: str) -> "Store":
-    from neuronlens.store import Store
-
-    opened = Store(store)
-    opened.describe()
-    return opened
 
 
 def _print_summary(recipe: "Recipe", summary: "Summary") -> None:
@@ -401,13 +265,3 @@ def _plan_table(numbers: dict[str, Any]) -> Table:
         for kind, n_bytes in numbers[key].items():
             table.add_row(f"{'disk' if key == 'disk_bytes' else 'memory a worker'}: {kind}", f"{n_bytes / 1e6:,.1f} MB")
     return table
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
-    if not separator or not name:
-        raise UsageError(f"--param {text!r} is not of the form name=value, for example --param layer=3.")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value

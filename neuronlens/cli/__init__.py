@@ -1,0 +1,24 @@
+"""The command line. What a script reads goes to stdout, what a person reads to stderr.
+
+neuronlens --help
+"""
+
+# `neuronlens --help` lists the commands in the order in which these modules are imported.
+from neuronlens.cli import runs
+
+# isort: split
+from neuronlens.cli import ask
+
+# isort: split
+from neuronlens.cli import tables
+
+# isort: split
+from neuronlens.cli.app import app
+from neuronlens.console import command_line
+
+__all__ = ["app", "ask", "main", "runs", "tables"]
+
+
+def main() -> None:
+    """The entry point."""
+    command_line(app)

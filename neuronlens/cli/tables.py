@@ -1,0 +1,80 @@
+"""The commands around range tables: ranges, evaluate, verify."""
+
+from typing import Annotated
+
+import typer
+
+from neuronlens.cli.app import ChangesOption, JsonOption, StoreArgument, TableOption, app, open_store
+from neuronlens.console import ConsoleReporter, print_json, stderr
+from neuronlens.errors import RunFailed
+
+
+@app.command(epilog="Example: `neuronlens ranges STORE --tau 2.0 --top-fraction 0.5`")
+def ranges(
+    store: StoreArgument,
+    tau: Annotated[float, typer.Option(help="Half width of a range in standard deviations.")] = 2.5,
+    top_fraction: Annotated[float, typer.Option(help="Share of a layer's neurons that count as salient.")] = 0.3,
+    salience: Annotated[str, typer.Option(help="mean_abs, cohens_d or selectivity.")] = "mean_abs",
+    as_json: JsonOption = False,
+) -> None:
+    """Make another range table from the same statistics: no forward pass, seconds."""
+    from neuronlens.recipe import RangesSection, parse_section
+    from pipeline.emit import emit_table
+
+    asked = parse_section(
+        RangesSection, {"tau": tau, "top_fraction": top_fraction, "salience": salience}, origin="ranges"
+    )
+    table = emit_table(open_store(store), tau=asked.tau, top_fraction=asked.top_fraction, salience=asked.salience)
+    stderr().print(f"{table.id}: {table.rows.num_rows:,} ranges, tau {tau:g}, top {top_fraction:.0%} by {salience}")
+    if as_json:
+        print_json({"range_table": table.id, "rows": table.rows.num_rows})
+
+
+@app.command(epilog="Example: `neuronlens evaluate STORE --table tbl_0123456789abcdef --json`")
+def evaluate(
+    store: StoreArgument,
+    table: TableOption = None,
+    layers: Annotated[list[int] | None, typer.Option("--layer", help="Only in this layer. Repeatable.")] = None,
+    action: Annotated[str, typer.Option(help="zero, mean, dampen, adaptive or set.")] = "zero",
+    factor: Annotated[float | None, typer.Option(help="What dampen and adaptive multiply by.")] = None,
+    value: Annotated[float | None, typer.Option(help="What set puts in place.")] = None,
+    changes: ChangesOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What do the ranges erase, and what do they spare? Against the bare model and whole-neuron masking."""
+    from neuronlens.programs import Edit
+    from neuronlens.recipe import parse_section
+    from neuronlens.report import erasure_table
+    from pipeline.driver import ray_session
+    from pipeline.emit import load_table
+    from pipeline.erasure import evaluate_table, recipe_of
+
+    opened = open_store(store)
+    chosen, recipe = load_table(opened, table), recipe_of(opened, changes)
+    asked = {"action": action, "factor": factor, "value": value, "layers": tuple(layers) if layers else None}
+    edit = parse_section(Edit, {key: given for key, given in asked.items() if given is not None}, origin="evaluate")
+    with ray_session():
+        rows = evaluate_table(recipe, opened, chosen, ConsoleReporter(stderr()), edit)
+    stderr().print(erasure_table(rows))
+    if as_json:
+        print_json({"rows": rows})
+
+
+@app.command(epilog="Example: `neuronlens verify STORE --json`")
+def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """Read every committed file again: is it there, are its bytes and rows what its receipt says? Exit code 1 if
+    not."""
+
+    opened = open_store(store)
+    n_bytes = sum(file.n_bytes for file in opened.committed_files())
+    with ConsoleReporter(stderr()).stage("verify", n_bytes, "bytes") as advance:
+        faults = opened.faults(on_file=lambda file: advance(file.n_bytes))
+    for fault in faults:
+        stderr().print(fault, style="red", highlight=False, markup=False, soft_wrap=True)
+    stderr().print(f"{len(faults)} faults" if faults else f"All committed files are right ({n_bytes:,} bytes).")
+    if as_json:
+        print_json({"ok": not faults, "faults": faults})
+    if faults:
+        raise RunFailed(
+            f"{opened.root} has {len(faults)} damaged files; expected none. Run the same recipe again to mend it."
+        )
