@@ -2,7 +2,7 @@
 
     con = connect({"moments": [...], "overlap": [...]}, memory_limit="4GB", threads=2)
     con.sql("select * from moments where layer = 3 and neuron = 7")
-    table = run_file(con, "gaussianity")
+    table = run_file(con, "gaussianity_by_layer")
     n_rows = run_to_parquet(con, "merge", "moments/mlp_post.003.parquet", hook_point="mlp_post", layer=3)
 
 Every query is a file that opens with the question it answers and also runs in the plain DuckDB shell, where
@@ -23,18 +23,18 @@ from neuronlens.errors import UsageError
 from neuronlens.remote import SharedFiles
 
 Error = duckdb.Error
-KINDS = ("plan", "samples", "partials", "histograms", "raw", "commits", "moments", "overlap", "salience", "ranges")
+KINDS = (
+    *("plan", "samples", "commits", "partials", "shard_histograms", "raw", "predictions"),
+    *("moments", "histograms", "distributions", "overlap", "salience", "ranges", "evaluations"),
+)
 """The kinds of file that a store holds. Each has a view `KIND_files`, empty where it has none: sql/schema.sql."""
 
-_SETUP = ("macros", "schema", "views")
-_COMMIT_COLUMNS = {
-    "shard": "VARCHAR",
-    "attempt": "VARCHAR",
-    "n_truncated": "BIGINT",
-    "n_nonfinite": "BIGINT",
-    "seconds": "STRUCT(total DOUBLE)",
-    "finished_at": "VARCHAR",
-}
+_FORMULAS = ("macros", "schema")
+_VIEWS = ("views", "analysis", "functions", "comments")
+_SETUP = (*_FORMULAS, *_VIEWS)
+_NAMED_BY_PATH = ("ranges", "partials", "shard_histograms")
+"""Kinds whose rows belong to a table or shard that only their path names."""
+_JSON_KINDS = ("commits", "evaluations")
 _OPTIONS = "format parquet, parquet_version v2, compression zstd, compression_level 3, row_group_size 131072"
 """Version 2 writes floats as byte stream split where a dictionary does not pay."""
 
@@ -47,8 +47,7 @@ def connect(
     threads: int | None = None,
     temp_directory: str | None = None,
 ) -> duckdb.DuckDBPyConnection:
-    """A connection with views over a store: samples, shards, partials, histograms, activations, moments, overlap,
-    concept_overlap, salience and ranges.
+    """A connection with views over a store and the table macros, as docs/sql.md describes them.
 
     `files` gives the paths or URLs of each kind (see KINDS), as the receipts name them; a kind left out or empty gives
     a view with its columns and no rows. `fs` is the fsspec filesystem of a store that is not local. `memory_limit` is
@@ -76,10 +75,12 @@ def connect(
     con.execute("set parquet_metadata_cache = true")  # merge.sql reads every file twice, and no file ever changes
     if fs is not None and not _is_local(fs):
         con.register_filesystem(SharedFiles(fs))
-    for name in _SETUP:
+    for name in _FORMULAS:
         con.execute(read_query(name))
     for kind, paths in (files or {}).items():
-        attach(con, kind, paths, fs=fs)
+        _read_from(con, kind, paths, fs)
+    for name in _VIEWS:
+        con.execute(read_query(name))
     return con
 
 
@@ -88,17 +89,23 @@ def attach(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], *, f
 
     So that a stage can read what the stage before it wrote, without another connection. Raises as `connect` does.
     """
+    _read_from(con, kind, paths, fs)
+    con.execute(read_query("views"))
+
+
+def _read_from(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], fs: Any) -> None:
     if kind not in KINDS:
         raise UsageError(f"A store has no files of kind {kind!r}. Kinds: {', '.join(KINDS)}.")
     if not paths:
         return
-    urls = [_url(path, fs) for path in paths]
-    if kind == "commits":
-        relation = con.read_json(urls, columns=cast(Any, _COMMIT_COLUMNS), format="auto")
+    urls = [url_of(path, fs) for path in paths]
+    if kind in _JSON_KINDS:  # the files hold more than the columns that sql/schema.sql names
+        empty = con.view(f"{kind}_files")
+        columns = dict(zip(empty.columns, map(str, empty.types), strict=True))
+        relation = con.read_json(urls, columns=cast(Any, columns), format="auto")
     else:
-        relation = con.read_parquet(urls, hive_partitioning=kind == "raw", filename=kind == "ranges")
+        relation = con.read_parquet(urls, hive_partitioning=kind == "raw", filename=kind in _NAMED_BY_PATH)
     relation.create_view(f"{kind}_files", replace=True)
-    con.execute(read_query("views"))
 
 
 def attach_rows(con: duckdb.DuckDBPyConnection, view: str, rows: pa.Table) -> None:
@@ -183,8 +190,9 @@ def _checked(name: str, params: Mapping[str, object]) -> str:
     return statements[0].query.strip().removesuffix(";")
 
 
-def _url(path: str, fs: Any) -> str:
-    """DuckDB finds a registered filesystem by the protocol, so a bare path of a remote filesystem gets its own."""
+def url_of(path: str, fs: Any) -> str:
+    """The path as DuckDB must be given it: it finds a registered filesystem by the protocol, so a bare path of a remote
+    filesystem gets its own."""
     if fs is None or _is_local(fs) or "://" in str(path):
         return str(path)
     return str(fs.unstrip_protocol(path))

@@ -43,6 +43,10 @@ create or replace macro central_4(n, s1, s2, s3, s4) as
 create or replace macro skewness_of(c3, std) as if(std > 0, c3 / (std * std * std), null);
 create or replace macro kurtosis_of(c4, std) as if(std > 0, c4 / (std * std * std * std), null);
 
+-- Close enough to a Gaussian for a range to make sense: skewness in (-1, 1) and kurtosis in [2, 5], where a Gaussian has 0 and 3.
+create or replace macro near_gaussian(skewness, kurtosis, max_skewness := 1, min_kurtosis := 2, max_kurtosis := 5) as
+    abs(skewness) < max_skewness and kurtosis between min_kurtosis and max_kurtosis;
+
 -- The range mean +- tau * std; a tau of infinity takes the whole line, also where std is 0.
 create or replace macro range_lower(mean, std, tau) as
     case when isinf(tau) and mean is not null then '-infinity'::double else mean - tau * std end;

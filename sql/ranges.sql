@@ -3,11 +3,12 @@
 -- out: one row per concept and salient neuron, as table `ranges` of docs/store-format.md: [mean - tau * std, mean + tau * std]
 -- Salient are the first max(1, floor(top_fraction * width)) neurons of a concept in a layer, width being the layer's neurons.
 -- No row comes of a concept with fewer than 2 values (one value has no spread, so no range) or of a salience without a score.
+-- An infinite score stands as the largest double, since a table holds finite numbers only.
 -- A neuron that always takes the same value under a concept keeps its row: its range is that one value.
 with width as (
     select hook_point, layer, count(distinct neuron) as width from moments group by all
 )
-select m.hook_point, m.layer, m.neuron, m.concept, m.n, m.mean, m.std, m.mean_abs, s.score as salience, s.rank,
+select m.hook_point, m.layer, m.neuron, m.concept, m.n, m.mean, m.std, m.mean_abs, least(s.score, 1.7976931348623157e308) as salience, s.rank,
     if(isinf($tau::double), '-infinity'::double, m.mean - $tau::double * m.std) as lower,
     if(isinf($tau::double), 'infinity'::double, m.mean + $tau::double * m.std) as upper
 from salience s

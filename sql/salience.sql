@@ -1,11 +1,17 @@
--- Which neurons matter most to a concept? Three answers, in long form.
--- in: moments, concept_overlap (may be empty: then there is no `selectivity`), $hook_point, $layer
+-- Which neurons matter most to a concept? Seven answers, in long form.
+-- in: moments, histograms (may be empty), concept_overlap (may be empty), $hook_point, $layer
 -- out: layer, hook_point, neuron, concept, method, score, rank (1 = most salient within method and concept; ties by neuron)
--- mean_abs     mean |x| over the concept's samples (Haider et al. 2026).
--- cohens_d     |mean - mean of the rest| / pooled std, the rest being all other concepts together (Cohen 1988). Where nothing
---              varies it is 0 for equal values and infinity for different ones.
--- selectivity  1 - the mean overlap with the other concepts: histogram overlap, Gaussian where there is no histogram. It takes
---              all pairs: the statistics stage works it out before it drops any; where some are missing, it is NULL.
+-- mean_abs            mean |x| over the concept's samples (Haider et al. 2026).
+-- mean                mean x: neurons that the concept drives up.
+-- probeless           mean distance of the concept's mean from the means of the other concepts (Antverg and Belinkov 2022, who
+--                     sum it over all pairs; here one concept's pairs).
+-- cohens_d            effect size: |mean - mean of the rest| / pooled std, the rest being all other concepts together (Cohen 1988).
+--                     Where nothing varies it is 0 for equal values and infinity for different ones.
+-- selectivity         1 - the mean overlap with the other concepts: histogram overlap, Gaussian where there is no histogram. It
+--                     takes all pairs: the statistics stage works it out before it drops any; where some are missing, it is NULL.
+-- f_ratio             variance between the concepts over variance within them (Fisher's F, one-way): one number a neuron, the same
+--                     for all its concepts. Infinity where only the concepts differ, 0 where nothing does.
+-- mutual_information  of a value's histogram bin and whether its text has the concept, in bits; no rows without histograms.
 -- A score that cannot be computed (a concept without values, no other concept) is NULL and ranks last.
 with moment as (
     -- A centre near all concepts, so that the squares below do not lose their digits to a large common mean.
@@ -33,8 +39,72 @@ deviation as (
     from rest
     where n_rest > 0 and n > 0
 ),
+-- Distances to all other means from one sorted pass: those below are mean - other, those above other - mean.
+sorted as (
+    select neuron, concept, mean - centre as d, row_number() over upwards as place, count(*) over (partition by neuron) as k,
+        sum(mean - centre) over upwards as up_to, sum(mean - centre) over (partition by neuron) as total
+    from moment
+    where n > 0
+    window upwards as (partition by neuron order by mean, concept rows between unbounded preceding and current row)
+),
+probeless as (
+    select neuron, concept, (place * d - up_to + (total - up_to) - (k - place) * d) / (k - 1) as score
+    from sorted
+    where k > 1
+),
+variance as (
+    select neuron, count(*) as k, sum(n) as n, sum(n * (mean - centre) * (mean - centre)) as between_concepts,
+        sum(n * std * std) as within_concepts, min(min) as min, max(max) as max
+    from moment
+    where n > 0
+    group by neuron
+),
+f_ratio as (
+    select neuron,
+        case
+            when min = max then 0
+            when within_concepts = 0 then 'infinity'::double
+            else between_concepts / (k - 1) / (within_concepts / (n - k))
+        end as score
+    from variance
+    where k > 1 and n > k
+),
+counts as (
+    select neuron, concept, bin, sum(n)::double as n
+    from histograms
+    where hook_point = $hook_point and layer = $layer
+    group by neuron, concept, bin
+),
+bin_total as (
+    select neuron, bin, sum(n) as n_bin from counts group by neuron, bin
+),
+concept_total as (
+    select neuron, concept, sum(n) as n_concept, sum(n_concept) over (partition by neuron) as n_all
+    from counts
+    group by neuron, concept
+),
+-- I(bin; concept or not), in values: over the bins that the concept reaches, n_cb log(n_cb N / (n_b n_c)) and the same for the
+-- rest; the bins that it never reaches, all of the rest's, give their share times log(N / n_rest).
+reached as (
+    select c.neuron, c.concept, sum(b.n_bin) as n_reached,
+        sum(c.n * log2(c.n * t.n_all / (b.n_bin * t.n_concept))
+            + if(b.n_bin > c.n, (b.n_bin - c.n) * log2((b.n_bin - c.n) * t.n_all / (b.n_bin * (t.n_all - t.n_concept))), 0)
+        ) as information
+    from counts c join bin_total b using (neuron, bin) join concept_total t using (neuron, concept)
+    where t.n_all > t.n_concept
+    group by c.neuron, c.concept
+),
+mutual_information as (
+    select neuron, concept,
+        greatest(0, (information + (n_all - n_reached) * log2(n_all / (n_all - n_concept))) / n_all) as score
+    from reached join concept_total using (neuron, concept)
+),
 score as (
     select neuron, concept, 'mean_abs' as method, mean_abs as score from moment
+    union all
+    select neuron, concept, 'mean', mean from moment
+    union all
+    select neuron, concept, 'probeless', p.score from moment left join probeless p using (neuron, concept)
     union all
     select neuron, concept, 'cohens_d', if(d.distance = 0, 0, d.distance / d.pooled_std)
     from moment m left join deviation d using (neuron, concept)
@@ -45,6 +115,12 @@ score as (
     )
     join concept_overlap o using (neuron, concept)
     where o.hook_point = $hook_point and o.layer = $layer
+    union all
+    select neuron, concept, 'f_ratio', if(n > 0, f.score, null) from moment left join f_ratio f using (neuron)
+    union all
+    select neuron, concept, 'mutual_information', i.score
+    from moment left join mutual_information i using (neuron, concept)
+    where exists (from counts)
 )
 select $layer::smallint as layer, $hook_point::varchar as hook_point, neuron, concept, method, score,
     row_number() over (partition by method, concept order by score desc nulls last, neuron)::integer as rank

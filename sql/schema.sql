@@ -1,15 +1,11 @@
 -- What does a store hold, and which files stand behind each table? Run this first: it makes every relation exist, empty.
 -- in: nothing      out: one empty view KIND_files per kind of file, with the columns and types of docs/store-format.md
 --
--- In the plain DuckDB shell, a store is opened with this file, then one line per kind that the store has, then views.sql:
---     .read sql/macros.sql
---     .read sql/schema.sql
---     create or replace view moments_files as from 'STORE/moments/*.parquet';
---     create or replace view raw_files as from read_parquet('STORE/raw/*/*/*.parquet', hive_partitioning = true);
---     create or replace view ranges_files as from read_parquet('STORE/ranges/*/ranges.parquet', filename = true);
---     create or replace view commits_files as from 'STORE/commits/*.json';
---     .read sql/views.sql
--- A glob also takes files that no receipt names. neuronlens.query.connect takes the lists that the receipts give.
+-- `neuronlens views STORE` prints all that a plain DuckDB session needs: macros.sql, this file, one line per kind that the store
+-- has, such as
+--     create or replace view moments_files as from read_parquet(['STORE/moments/mlp_post.000.0123456789ab.parquet', ...]);
+-- with the files that the receipts name (a glob would also take files that no receipt names), then views.sql, analysis.sql,
+-- functions.sql and comments.sql.
 
 create or replace view plan_files as
 select null::integer as shard, null::varchar as concept, null::bigint as n_samples, null::bigint as n_tokens,
@@ -31,12 +27,23 @@ create or replace view partials_files as
 select null::smallint as layer, null::varchar as hook_point, null::integer as neuron, null::varchar as concept,
     null::bigint as n, null::bigint as n_nonfinite, null::double as mean,
     null::double as m2, null::double as m3, null::double as m4,
-    null::float as min, null::float as max, null::double as mean_abs
+    null::float as min, null::float as max, null::double as mean_abs, null::varchar as filename
 limit 0;
 
+-- Counts of one shard each: its number stands in the path.
+create or replace view shard_histograms_files as
+select null::smallint as layer, null::varchar as hook_point, null::integer as neuron, null::varchar as concept,
+    null::smallint as bin, null::bigint as n, null::varchar as filename
+limit 0;
+
+-- The merged histograms of the statistics stage; in a store without them, those of the shards.
 create or replace view histograms_files as
 select null::smallint as layer, null::varchar as hook_point, null::integer as neuron, null::varchar as concept,
     null::smallint as bin, null::bigint as n
+limit 0;
+
+create or replace view predictions_files as
+select null::bigint as sample, null::varchar as predicted, null::boolean as correct, null::float as confidence
 limit 0;
 
 -- hook_point and layer come from the path (raw/hook_point=mlp_post/layer=3/), so that a query opens only the files that it
@@ -50,6 +57,12 @@ create or replace view moments_files as
 select null::smallint as layer, null::varchar as hook_point, null::integer as neuron, null::varchar as concept,
     null::bigint as n, null::bigint as n_nonfinite, null::double as mean, null::double as std,
     null::double as skewness, null::double as kurtosis, null::float as min, null::float as max, null::double as mean_abs
+limit 0;
+
+create or replace view distributions_files as
+select null::smallint as layer, null::varchar as hook_point, null::integer as neuron, null::varchar as concept,
+    null::float as ks, null::float as ks_bound, null::float as p01, null::float as p05, null::float as p25,
+    null::float as p50, null::float as p75, null::float as p95, null::float as p99
 limit 0;
 
 create or replace view overlap_files as
@@ -69,4 +82,16 @@ select null::varchar as filename,
     null::varchar as hook_point, null::smallint as layer, null::integer as neuron, null::varchar as concept,
     null::bigint as n, null::double as mean, null::double as std, null::double as mean_abs,
     null::double as salience, null::integer as rank, null::double as lower, null::double as upper
+limit 0;
+
+-- One JSON file per range table, test set and edit, with a row per concept and condition.
+create or replace view evaluations_files as
+select null::varchar as "table", null::bigint as n_texts,
+    null::struct(action varchar, factor double, "value" double, layers integer[], hook_points varchar[], tau double,
+        top_fraction double) as edit,
+    null::struct(concept varchar, condition varchar,
+        target_accuracy double, target_accuracy_low double, target_accuracy_high double, target_confidence double,
+        complement_accuracy double, complement_accuracy_low double, complement_accuracy_high double,
+        complement_confidence double, n_target bigint, n_complement bigint, perplexity double,
+        tested bigint, changed bigint)[] as "rows"
 limit 0;

@@ -1,10 +1,14 @@
 -- What may a person ask of a store? The views that every other query reads.
 -- in: the KIND_files views of schema.sql, each replaced by the store's files of that kind where it has any
--- out: samples, shards, partials, histograms, activations, moments, overlap, concept_overlap, salience, ranges
--- Columns pass through untouched, so that a filter on hook_point, layer and neuron reaches the row groups' statistics.
+-- out: samples, shards, partials, shard_histograms, histograms, activations, moments, distributions, overlap, salience, ranges,
+--     evaluations
+-- Columns pass through untouched, so that a filter on hook_point, layer and neuron reaches the row groups' statistics. They are
+-- named with their table, since a bare `layer` could also be the argument of a macro that reads the view.
 
+-- What the model answered stands beside a text where the collectors recorded it.
 create or replace view samples as
-select sample, shard, batch, concept, "row", n_tokens, truncated, text, token_ids from samples_files;
+select sample, shard, batch, concept, "row", n_tokens, truncated, text, token_ids, predicted, correct, confidence
+from samples_files left join predictions_files using (sample);
 
 -- Every planned shard, and what its receipt says once it is committed.
 create or replace view shards as
@@ -18,35 +22,44 @@ select p.shard, p.concept, p.n_samples, p.n_tokens, p.n_batches, p.samples_file,
 from plan_files p left join receipt r using (shard);
 
 create or replace view partials as
-select layer, hook_point, neuron, concept, n, n_nonfinite, mean, m2, m3, m4, min, max, mean_abs from partials_files;
+select try_cast(regexp_extract(filename, 'shard-(\d+)', 1) as integer) as shard,
+    layer, hook_point, neuron, concept, n, n_nonfinite, mean, m2, m3, m4, min, max, mean_abs
+from partials_files;
+
+create or replace view shard_histograms as
+select try_cast(regexp_extract(filename, 'shard-(\d+)', 1) as integer) as shard, layer, hook_point, neuron, concept, bin, n
+from shard_histograms_files;
 
 create or replace view histograms as
-select layer, hook_point, neuron, concept, bin, n from histograms_files;
+select f.layer, f.hook_point, f.neuron, f.concept, f.bin, f.n, bin_lower(f.bin) as lower, bin_upper(f.bin) as upper
+from histograms_files f;
 
 create or replace view activations as
-select layer, hook_point, neuron, sample, position, concept, value from raw_files;
+select f.layer, f.hook_point, f.neuron, f.sample, f.position, f.concept, f.value from raw_files f;
 
 create or replace view moments as
-select layer, hook_point, neuron, concept, n, n_nonfinite, mean, std, skewness, kurtosis, min, max, mean_abs from moments_files;
+select f.layer, f.hook_point, f.neuron, f.concept, f.n, f.n_nonfinite, f.mean, f.std, f.skewness, f.kurtosis, f.min, f.max, f.mean_abs
+from moments_files f;
+
+create or replace view distributions as
+select f.layer, f.hook_point, f.neuron, f.concept, f.ks, f.ks_bound, f.p01, f.p05, f.p25, f.p50, f.p75, f.p95, f.p99
+from distributions_files f;
 
 create or replace view overlap as
-select layer, hook_point, neuron, concept_a, concept_b, tau, ovl, ovl_gaussian, bhattacharyya, range_jaccard, b_in_a, a_in_b
-from overlap_files;
-
--- How far a neuron's values under one concept are shared with the other concepts, of those pairs that were kept.
-create or replace view concept_overlap as
-select layer, hook_point, neuron, concept, count(*) as n_pairs, avg(shared) as mean_ovl
-from (
-    select layer, hook_point, neuron, concept_a as concept, coalesce(ovl, ovl_gaussian)::double as shared from overlap
-    union all
-    select layer, hook_point, neuron, concept_b, coalesce(ovl, ovl_gaussian)::double from overlap
-)
-group by layer, hook_point, neuron, concept;
+select f.layer, f.hook_point, f.neuron, f.concept_a, f.concept_b, f.tau, f.ovl, f.ovl_gaussian,
+    f.bhattacharyya, f.range_jaccard, f.b_in_a, f.a_in_b
+from overlap_files f;
 
 create or replace view salience as
-select layer, hook_point, neuron, concept, method, score, rank from salience_files;
+select f.layer, f.hook_point, f.neuron, f.concept, f.method, f.score, f.rank from salience_files f;
 
 create or replace view ranges as
 select regexp_extract(filename, 'tbl_\w+') as table_id,
     hook_point, layer, neuron, concept, n, mean, std, mean_abs, salience, rank, lower, upper
 from ranges_files;
+
+create or replace view evaluations as
+select "table" as table_id, edit.action as action, edit.factor as factor, edit."value" as "value", edit.layers as layers,
+    edit.hook_points as hook_points, edit.tau as edit_tau, edit.top_fraction as edit_top_fraction, n_texts,
+    unnest("rows", recursive := true)
+from evaluations_files;

@@ -76,8 +76,8 @@ class TestStore:
 
     def test_sql__lists_the_ready_questions_and_runs_one_by_name(self, folder):
         listed = neuronlens("sql", "store", cwd=folder)
-        assert "gaussianity" in listed.stdout
-        answered = neuronlens("sql", "store", "gaussianity", "--format", "csv", cwd=folder)
+        assert "gaussianity_by_layer" in listed.stdout
+        answered = neuronlens("sql", "store", "gaussianity_by_layer", "--format", "csv", cwd=folder)
         assert answered.returncode == 0, answered.stderr
         assert len(answered.stdout.splitlines()) > 1
 

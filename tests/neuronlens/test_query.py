@@ -29,8 +29,9 @@ from neuronlens.query import (
 from tests.synthetic_store import Shard, write_store
 
 VIEWS = (
-    *("samples", "shards", "partials", "histograms", "activations"),
-    *("moments", "overlap", "concept_overlap", "salience", "ranges"),
+    *("samples", "shards", "partials", "shard_histograms", "histograms", "activations", "moments", "distributions"),
+    *("quantiles", "gaussianity", "overlap", "concept_overlap", "overlap_by_layer", "salience", "salient_overlap"),
+    *("polysemantic", "ranges", "evaluations"),
 )
 LAYER_1 = {"hook_point": "mlp_post", "layer": 1}
 ALL_NEURONS = {"first_neuron": 0, "last_neuron": 5}
@@ -43,7 +44,7 @@ PARAMS = {
     "salience": LAYER_1,
     "ranges": {"tau": 2.5, "top_fraction": 0.3, "salience": "mean_abs"},
     "coverage": {},
-    "gaussianity": {},
+    "gaussianity_by_layer": {},
     "most_polysemantic": {"salience": "cohens_d", "top_fraction": 0.5},
     "separable_pairs": {},
     "top_samples": LAYER_1 | {"neuron": 2},
@@ -111,7 +112,7 @@ def test_queries__run_where_a_kind_of_file_is_missing(store, missing):
 
 
 def test_connect__names_the_kinds_for_an_unknown_one():
-    with pytest.raises(UsageError, match=r"'momments'.*plan, samples, partials"):
+    with pytest.raises(UsageError, match=r"'momments'.*plan, samples, commits, partials"):
         connect({"momments": ["x.parquet"]})
 
 
@@ -234,8 +235,8 @@ def test_connect__two_connections_do_not_share_spilled_files(tmp_path):
 def test_run_file__names_missing_and_unknown_parameters(con):
     with pytest.raises(UsageError, match=r"'salience' takes the parameters hook_point, layer; given: layer"):
         run_file(con, "salience", layer=1)
-    with pytest.raises(UsageError, match=r"'gaussianity' takes the parameters none; given: layer"):
-        run_file(con, "gaussianity", layer=1)
+    with pytest.raises(UsageError, match=r"'gaussianity_by_layer' takes the parameters none; given: layer"):
+        run_file(con, "gaussianity_by_layer", layer=1)
 
 
 def test_run_file__names_the_queries_for_an_unknown_one(con):
@@ -243,7 +244,7 @@ def test_run_file__names_the_queries_for_an_unknown_one(con):
         run_file(con, "moment")
 
 
-@pytest.mark.parametrize("name", ["macros", "schema", "views"])
+@pytest.mark.parametrize("name", ["macros", "schema", "views", "analysis", "functions", "comments"])
 def test_run_file__refuses_the_files_that_set_a_session_up(con, name):
     with pytest.raises(UsageError, match=r"holds \d+ statements"):
         run_file(con, name)
@@ -296,9 +297,11 @@ def test_queries__run_in_a_plain_duckdb_session(store, con):
         paths = store.get(kind, [])
         if paths and kind != "commits":
             hive = ", hive_partitioning = true" if kind == "raw" else ""
+            hive += ", filename = true" if kind in ("partials", "shard_histograms", "ranges") else ""
             plain.execute(f"create or replace view {kind}_files as from read_parquet({paths}{hive})")
     plain.execute(f"create or replace view commits_files as from read_json({store['commits']})")
-    plain.execute(read_query("views"))
+    for name in ("views", "analysis", "functions", "comments"):
+        plain.execute(read_query(name))
     for name, params in PARAMS.items():
         for parameter, value in params.items():
             plain.execute(f"set variable {parameter} = {'null' if value is None else repr(value)}")
@@ -329,8 +332,8 @@ def test_sql_folder__is_found_in_an_installed_package(tmp_path):
 # --- the analyst's questions ---
 
 
-def test_gaussianity__summarises_each_layer(con):
-    rows = run_file(con, "gaussianity").to_pylist()
+def test_gaussianity_by_layer__summarises_each_layer(con):
+    rows = run_file(con, "gaussianity_by_layer").to_pylist()
     moments = con.sql("select layer, skewness, kurtosis from moments").fetchall()
     assert [row["layer"] for row in rows] == [0, 1, 2]
     for row in rows:

@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy import stats
+from sklearn.metrics import mutual_info_score
 
 from neuronlens.query import connect, run_file
-from tests.synthetic_store import moments_of, write, write_moments
+from tests.synthetic_store import Shard, bins_of, moments_of, write, write_moments, write_store
 
 AT = {"hook_point": "mlp_post", "layer": 0}
+METHODS = ("mean_abs", "mean", "probeless", "cohens_d", "f_ratio")
+"""Those that moments suffice for."""
 
 
 def _salience(path: Path, rows: list[dict], overlap: list[dict] | None = None) -> dict[tuple[str, str, int], dict]:
@@ -111,7 +115,7 @@ def test_salience__without_values_or_company_has_no_score_and_ranks_last(tmp_pat
         {"neuron": 1, "concept": "a", "mean": 1.0, "std": 1.0, "mean_abs": 0.25},
     ]
     got = _salience(tmp_path, rows)
-    assert set(got) == {(method, "a", neuron) for method in ("mean_abs", "cohens_d") for neuron in (0, 1)}
+    assert set(got) == {(method, "a", neuron) for method in METHODS for neuron in (0, 1)}
     assert (got["mean_abs", "a", 0]["score"], got["mean_abs", "a", 0]["rank"]) == (None, 2)
     assert got["mean_abs", "a", 1]["rank"] == 1
     assert (got["cohens_d", "a", 1]["score"], got["cohens_d", "a", 1]["rank"]) == (None, 2)
@@ -163,3 +167,82 @@ def test_salience__has_the_columns_of_the_format(tmp_path):
         "score": pa.float64(),
         "rank": pa.int32(),
     }
+
+
+def _values(rng: np.random.Generator, mean: float = 0.0) -> dict[str, np.ndarray]:
+    return {
+        concept: (mean + rng.normal(rng.normal(size=5), rng.uniform(0.2, 2), (n, 5))).astype(np.float32)
+        for concept, n in (("a", 30), ("b", 200), ("c", 7), ("d", 90))
+    }
+
+
+def test_salience__mean_ranks_what_a_concept_drives_up(tmp_path):
+    rows = [
+        {"neuron": neuron, "concept": "a", "mean": mean, "std": 1.0, "mean_abs": abs(mean)}
+        for neuron, mean in enumerate([-9.0, 0.5, 3.0])
+    ]
+    got = _salience(tmp_path, rows)
+    assert [got["mean", "a", neuron]["rank"] for neuron in range(3)] == [3, 2, 1]
+    assert got["mean", "a", 0]["score"] == -9.0
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_salience__probeless_is_the_mean_distance_to_the_other_means(mean, tmp_path):
+    values = _values(np.random.default_rng(3), mean)
+    got = _salience(tmp_path, _moment_rows(values))
+    for concept, own in values.items():
+        for neuron in range(5):
+            others = [v[:, neuron].astype(np.longdouble).mean() for c, v in values.items() if c != concept]
+            expected = float(np.mean([abs(own[:, neuron].astype(np.longdouble).mean() - other) for other in others]))
+            assert got["probeless", concept, neuron]["score"] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+def test_salience__f_ratio_is_the_one_way_anova(mean, tmp_path):
+    values = _values(np.random.default_rng(4), mean)
+    got = _salience(tmp_path, _moment_rows(values))
+    for neuron in range(5):
+        expected = stats.f_oneway(*(v[:, neuron].astype(np.float64) for v in values.values())).statistic
+        for concept in values:
+            assert got["f_ratio", concept, neuron]["score"] == pytest.approx(expected, rel=1e-7)
+
+
+def test_salience__f_ratio_of_constants_is_infinite_or_nothing(tmp_path):
+    values = {"a": np.array([[1, 5]] * 3, np.float32), "b": np.array([[1, 7]] * 4, np.float32)}
+    got = _salience(tmp_path, _moment_rows(values))
+    assert [got["f_ratio", "a", neuron]["score"] for neuron in (0, 1)] == [0, np.inf]
+
+
+def test_salience__mutual_information_is_of_bin_and_concept(tmp_path):
+    """Against scikit-learn, which gives nats; the shards of one concept are added up first."""
+    values = _values(np.random.default_rng(5))
+    values["e"] = np.full((11, 5), 900, np.float32)  # in bins of its own: all of H(concept e)
+    parts = [(c, part) for c, v in values.items() for part in np.array_split(v, 2)]
+    shards = [Shard(concept=concept, x_LSN=part[None]) for concept, part in parts]
+    files = write_store(tmp_path, shards, raw=False)
+    moments = write_moments(tmp_path / "moments.parquet", _moment_rows(values))
+    with connect({"moments": [moments], "histograms": files["histograms"]}, threads=1) as con:
+        got = {
+            (row["concept"], row["neuron"]): row["score"]
+            for row in run_file(con, "salience", **AT).to_pylist()
+            if row["method"] == "mutual_information"
+        }
+    labels = np.concatenate([[concept] * len(v) for concept, v in values.items()])
+    for neuron in range(5):
+        x = np.concatenate([v[:, neuron] for v in values.values()])
+        bins = np.array([next(iter(bins_of(np.array([value])))) for value in x])
+        for concept in values:
+            expected = mutual_info_score(bins, labels == concept) / np.log(2)
+            assert got[concept, neuron] == pytest.approx(expected, abs=1e-12)
+
+
+def test_salience__has_no_mutual_information_without_histograms_or_company(tmp_path):
+    assert not [
+        key for key in _salience(tmp_path, _moment_rows(_values(np.random.default_rng(6)))) if "mutual" in key[0]
+    ]
+    shards = [Shard(concept="only", x_LSN=np.ones((1, 4, 2), np.float32))]
+    files = write_store(tmp_path, shards, raw=False)
+    moments = write_moments(tmp_path / "m.parquet", _moment_rows({"only": shards[0].x_LSN[0]}))
+    with connect({"moments": [moments], "histograms": files["histograms"]}, threads=1) as con:
+        scores = {row["score"] for row in run_file(con, "salience", **AT).to_pylist() if "mutual" in row["method"]}
+    assert scores == {None}
