@@ -72,18 +72,14 @@ class Store:
     # --- descriptions and receipts -------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """store.json. Raises UsageError where there is no store."""
+        """store.json. Raises UsageError where there is no store, or one of a format that this version does not know."""
         if not self.exists("store.json"):
             raise UsageError(
                 f"There is no store at {self.root}: store.json is missing. Expected the directory that a run printed; "
                 "make one with 'neuronlens run recipe.yaml --store DIR'."
             )
         description = self.read_json("store.json")
-        if description.get("format_version") != FORMAT_VERSION:
-            raise UsageError(
-                f"{self.root} has store format {description.get('format_version')}, this version reads format "
-                f"{FORMAT_VERSION}. Read it with the version in its store.json: {description.get('versions')}."
-            )
+        _check_format(description, self.path("store.json"))
         return description
 
     def exists(self, relative: str) -> bool:
@@ -286,6 +282,7 @@ class Store:
         for file in self.committed_files():
             lists.setdefault(file.kind, []).append(self.path(file.path))
         lists["commits"] = [self.path(f"commits/{name}") for name in sorted(self.names("commits"))]
+        lists["evaluations"] = [self.path(f"evaluations/{name}") for name in sorted(self.names("evaluations"))]
         lists["ranges"] = [self.path(f"ranges/{name}/ranges.parquet") for name in self.table_ids()]
         return lists
 
@@ -389,6 +386,23 @@ def receipt_of(files: Sequence[StoredFile], **fields: Any) -> dict[str, Any]:
 def files_of(receipt: Mapping[str, Any]) -> list[StoredFile]:
     """The files that a receipt names."""
     return [StoredFile(**file) for file in receipt.get("files", [])]
+
+
+def _check_format(description: Any, path: str) -> None:
+    """Raise UsageError for a store.json of a format that this version cannot read: every older one can be."""
+    found = description.get("format_version") if isinstance(description, dict) else None
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise UsageError(
+            f"{path} gives {found!r} as its format_version, expected a whole number from 1 to {FORMAT_VERSION}: it was "
+            "changed after it was written, or is not a store's. Restore that file, or run again with a new --store."
+        )
+    if found > FORMAT_VERSION:
+        versions = description.get("versions")
+        maker = versions.get("neuronlens") if isinstance(versions, dict) else None
+        raise UsageError(
+            f"{path} has store format {found}, this version reads formats up to {FORMAT_VERSION}. Update neuronlens: "
+            f"version {maker or 'unknown'} made the store."
+        )
 
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:

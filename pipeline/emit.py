@@ -1,5 +1,8 @@
 """The ranges stage: from a store's moments and salience to an immutable range table."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from neuronlens.errors import UsageError
 from neuronlens.query import connect, run_file
 from neuronlens.ranges import RangeTable, TableModel
@@ -8,11 +11,15 @@ from neuronlens.store import Store
 from pipeline.coverage import coverage_of
 from pipeline.statistics import inputs_hash
 
+FIRST_METHODS = ("mean_abs", "cohens_d", "selectivity")
+"""What the salience of a layer holds whose receipt has no list of methods: there were no others then."""
+
 
 def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) -> RangeTable:
     """Make, save and return the range table of a store. The same arguments give the same table, with the same id.
 
-    Raises UsageError where the store has no statistics yet, or where no concept has a range.
+    Raises UsageError where the store has no statistics yet, or none by that method of salience, or where no concept has
+    a range.
     """
     description = store.describe()
     commits, statistics = store.receipts("commits"), store.receipts("statistics")
@@ -22,6 +29,7 @@ def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) 
             "statistics of these shards: make them with 'python -m jobs.statistics STORE', or let the same 'neuronlens "
             "run' command go on where it stopped."
         )
+    _check_salience(store, statistics, salience)
     with connect(store.file_lists(), fs=store.fs) as con:
         rows = run_file(con, "ranges", tau=tau, top_fraction=top_fraction, salience=salience)
     model = description["model"]
@@ -38,6 +46,17 @@ def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) 
     )
     retried(f"write the table {table.id} into {store.root}", lambda: table.save(store.root, store.fs))
     return table
+
+
+def _check_salience(store: Store, statistics: Sequence[Mapping[str, Any]], method: str) -> None:
+    """Raise UsageError where a layer's statistics were made before there was this method, or without it."""
+    held = [receipt.get("salience", FIRST_METHODS) for receipt in statistics]
+    common = [name for name in held[0] if all(name in methods for methods in held)]
+    if method not in common:
+        raise UsageError(
+            f"{store.root} holds salience by {', '.join(common)}; {method!r} is not among them. Make the statistics "
+            f"again, which needs neither the model nor the texts: python -m jobs.statistics {store.root}"
+        )
 
 
 def load_table(store: Store, table_id: str | None) -> RangeTable:

@@ -1,6 +1,8 @@
 """The commit protocol and verification of a store, on a disk and in memory."""
 
+import json
 import multiprocessing
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from neuronlens.errors import RunFailed, UsageError
-from neuronlens.store import Store, content_hash, new_attempt, receipt_of
+from neuronlens.store import FORMAT_VERSION, Store, content_hash, new_attempt, receipt_of
 from tests.faults import Fault, break_storage, n_times
 
 SCHEMA = pa.schema([("x", pa.int64())])
@@ -129,8 +131,27 @@ def test_store__works_on_any_fsspec_url():
 def test_store__says_when_there_is_none_or_another_format(tmp_path):
     with pytest.raises(UsageError, match=r"store\.json is missing"):
         Store(str(tmp_path)).describe()
-    Store(str(tmp_path)).create_json("store.json", {"format_version": 99})
-    with pytest.raises(UsageError, match="store format 99"):
+    Store(str(tmp_path)).create_json("store.json", {"format_version": 99, "versions": {"neuronlens": "7.2.1"}})
+    with pytest.raises(UsageError, match=r"store format 99, .* up to \d+\. Update neuronlens: version 7\.2\.1 made"):
+        Store(str(tmp_path)).describe()
+
+
+@pytest.mark.parametrize("versions", [None, [], "0.9", {}, {"neuronlens": None}])
+def test_store__refuses_a_newer_format_whatever_else_it_says(tmp_path, versions):
+    Store(str(tmp_path)).create_json("store.json", {"format_version": FORMAT_VERSION + 1, "versions": versions})
+    with pytest.raises(UsageError, match="Update neuronlens: version unknown"):
+        Store(str(tmp_path)).describe()
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [], "text", 7, None, *({"format_version": v} for v in (None, "1", 1.5, True, [1], {}, 0, -1))]
+)
+def test_store__says_in_a_sentence_that_store_json_has_no_format(tmp_path, content):
+    (tmp_path / "store.json").write_text(json.dumps(content))
+    found = content.get("format_version") if isinstance(content, dict) else None
+    with pytest.raises(
+        UsageError, match=f"gives {re.escape(repr(found))} as its format_version, expected a whole number"
+    ):
         Store(str(tmp_path)).describe()
 
 
