@@ -202,6 +202,34 @@ class Store:
 
         return retried(f"read {self.path(relative)}", read)
 
+    def read_whole(self, file: StoredFile) -> bytes:
+        """The bytes of a file that counts. Raises RunFailed where they are not those that its receipt promises."""
+        path = self.path(file.path)
+        try:
+            content = cast(bytes, retried(f"read {path}", lambda: self.fs.cat_file(path)))
+        except FileNotFoundError as error:
+            raise RunFailed(
+                f"{path} is missing; its receipt promises {file.n_rows} rows. Restore that file."
+            ) from error
+        found = hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
+        if found != file.blake2b:
+            raise RunFailed(
+                f"{path} has BLAKE2b {found}, its receipt says {file.blake2b}: the bytes were changed. Restore that "
+                f"file; 'neuronlens verify {self.root}' names what else was damaged."
+            )
+        return content
+
+    def write_whole(self, file: StoredFile, content: bytes) -> None:
+        """Write a file that another store holds, under the same path."""
+
+        def write() -> None:
+            with self._created(file.path) as raw:
+                raw.write(content)
+            self._check_size(file.path, file.n_bytes)
+
+        with self._in_a_bucket(self.path(file.path)):
+            retried(f"write {self.path(file.path)}", write)
+
     def adopt(self, kind: str, relative: str) -> StoredFile:
         """Describe a data file that someone else wrote (DuckDB's COPY): size, rows and digest read back from it."""
         n_bytes, digest = self._size_and_digest(relative)

@@ -6,16 +6,17 @@ there into Parquet.
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from neuronlens.accumulate import Accumulator
 from neuronlens.batches import TokenBatch, pad
 from neuronlens.capture import Capture, correct_B
 from neuronlens.errors import RunFailed
@@ -23,7 +24,7 @@ from neuronlens.histograms import MAX_BIN
 from neuronlens.hookpoints import Site, find_sites
 from neuronlens.models import LoadedModel
 from neuronlens.moments import Moments
-from neuronlens.store import Store, StoredFile, new_attempt, receipt_of
+from neuronlens.store import Store, StoredFile, files_of, new_attempt, receipt_of
 from pipeline.plan import Shard, package_versions
 
 RAW_ROW_GROUP_ROWS = 262_144
@@ -66,6 +67,19 @@ RAW_OPTIONS: dict[str, Any] = {
     "column_encoding": {"value": "BYTE_STREAM_SPLIT"},
     "write_statistics": ["neuron"],
 }
+
+
+class Place(Protocol):
+    """A hook point of one layer, as the keys of a row name it, and how many neurons it has."""
+
+    @property
+    def hook_point(self) -> str: ...
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,9 +157,9 @@ def commit_shard(spec: CollectSpec, store: Store, collected: Collected) -> dict[
     shard, capture = collected.shard, collected.capture
     moments = [accumulator.moments() for accumulator in capture.accumulators]
     attempt = new_attempt()
-    files = [_write_partials(store, shard, attempt, capture.sites, moments)]
+    files = [write_partials(store, shard, attempt, capture.sites, moments)]
     if spec.histograms:
-        files.append(_write_histograms(store, shard, attempt, capture))
+        files.append(write_histograms(store, shard, attempt, capture.sites, capture.accumulators))
     files += _write_raw(store, shard, attempt, capture, spec, collected.sample_ids)
     seconds = collected.seconds | {"write": time.perf_counter() - started}
     receipt = receipt_of(
@@ -162,10 +176,16 @@ def commit_shard(spec: CollectSpec, store: Store, collected: Collected) -> dict[
         seconds=seconds | {"total": sum(seconds[work] for work in ("forward", "statistics", "write"))},
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    return create_receipt(store, shard, receipt)
+
+
+def create_receipt(store: Store, shard: Shard, receipt: dict[str, Any]) -> dict[str, Any]:
+    """Let the files of a shard count. Returns the receipt that counts: where another attempt was first, that one, and
+    the files of ours are gone."""
     path = f"commits/{shard.name}.json"
     if store.create_json(path, receipt):
         return receipt
-    for file in files:
+    for file in files_of(receipt):
         store.remove(file.path)
     return store.read_json(path)
 
@@ -207,7 +227,7 @@ def _raw_sites(spec: CollectSpec, sites: tuple[Site, ...]) -> dict[int, np.ndarr
     return {index: neurons for index, site in enumerate(sites) if site.layer in spec.raw_layers}
 
 
-def _keys(site: Site, concept: str, neuron_X: np.ndarray) -> dict[str, pa.Array]:
+def _keys(site: Place, concept: str, neuron_X: np.ndarray) -> dict[str, pa.Array]:
     """The four key columns for the neurons given, one value a row."""
     zeros = np.zeros(len(neuron_X), np.int8)
     return {
@@ -218,9 +238,11 @@ def _keys(site: Site, concept: str, neuron_X: np.ndarray) -> dict[str, pa.Array]
     }
 
 
-def _write_partials(
-    store: Store, shard: Shard, attempt: str, sites: tuple[Site, ...], moments: list[Moments]
+def write_partials(
+    store: Store, shard: Shard, attempt: str, sites: Sequence[Place], moments: Sequence[Moments]
 ) -> StoredFile:
+    """The mergeable moments of one shard, a row group a site."""
+
     def tables() -> Iterator[pa.Table]:
         for site, part in zip(sites, moments, strict=True):
             columns = _keys(site, shard.concept, np.arange(site.width))
@@ -232,9 +254,13 @@ def _write_partials(
     return store.write_parquet("partials", path, PARTIALS_SCHEMA, tables, **PARTIALS_OPTIONS)
 
 
-def _write_histograms(store: Store, shard: Shard, attempt: str, capture: Capture) -> StoredFile:
+def write_histograms(
+    store: Store, shard: Shard, attempt: str, sites: Sequence[Place], accumulators: Sequence[Accumulator]
+) -> StoredFile:
+    """The sparse counts of one shard, a row group a site."""
+
     def tables() -> Iterator[pa.Table]:
-        for site, accumulator in zip(capture.sites, capture.accumulators, strict=True):
+        for site, accumulator in zip(sites, accumulators, strict=True):
             counts_NB = accumulator.counts()
             assert counts_NB is not None
             neuron_X, bin_X = np.nonzero(counts_NB)
@@ -263,14 +289,28 @@ def _write_raw(
         site = capture.sites[index]
         x_NR = torch.cat(parts).T.float().contiguous().numpy()
         neurons = np.arange(site.width) if spec.raw_neurons is None else np.array(spec.raw_neurons)
-        tables = partial(_raw_tables, site, shard.concept, neurons, x_NR, sample_R, position_R)
-        path = f"raw/hook_point={site.hook_point}/layer={site.layer}/{shard.name}.{attempt}.parquet"
-        files.append(store.write_parquet("raw", path, RAW_SCHEMA, tables, **RAW_OPTIONS))
+        files.append(write_raw(store, shard, attempt, site, neurons, x_NR, sample_R, position_R))
     return files
 
 
+def write_raw(
+    store: Store,
+    shard: Shard,
+    attempt: str,
+    site: Place,
+    neuron_N: np.ndarray,
+    x_NR: np.ndarray,
+    sample_R: np.ndarray,
+    position_R: np.ndarray | None,
+) -> StoredFile:
+    """The values of one shard at one site: float32 x_NR of the neurons named, a column a row of activations."""
+    tables = partial(_raw_tables, site, shard.concept, neuron_N, x_NR, sample_R, position_R)
+    path = f"raw/hook_point={site.hook_point}/layer={site.layer}/{shard.name}.{attempt}.parquet"
+    return store.write_parquet("raw", path, RAW_SCHEMA, tables, **RAW_OPTIONS)
+
+
 def _raw_tables(
-    site: Site,
+    site: Place,
     concept: str,
     neuron_N: np.ndarray,
     x_NR: np.ndarray,

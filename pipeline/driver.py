@@ -138,7 +138,7 @@ class Driver:
         with self.summary.timed("collect"):
             shards = freeze(plan, store)
             plan = replace(plan, members=())  # all the texts: workers read theirs from the store
-            committed = self._intact(store)
+            committed = intact_shards(store, self.reporter, digests=not self.trust_files)
             todo = sorted(
                 (shard for shard in shards if shard.name not in committed),
                 key=lambda shard: (-shard.n_tokens, shard.shard),
@@ -197,32 +197,6 @@ class Driver:
                     self.recipe, store, table, self.reporter, stop_requested=lambda: self._stop.requested
                 )
 
-    def _intact(self, store: Store) -> set[str]:
-        """The names of the shards whose receipts and files are whole. What is not is taken away, to be made again."""
-        receipts = {}
-        for name in store.names("commits"):
-            try:
-                receipts[name.removesuffix(".json")] = store.read_json(f"commits/{name}")
-            except RunFailed as error:
-                self.reporter.say(f"{error} It is collected again.")
-                store.remove(f"commits/{name}")
-        files = [(name, file) for name, receipt in receipts.items() for file in files_of(receipt)]
-        n_bytes = sum(file.n_bytes for _, file in files)
-        if not files:
-            return set()
-        with self.reporter.stage("check", n_bytes, "bytes") as advance:
-            faults = store.faults_of(
-                [file for _, file in files], lambda file: advance(file.n_bytes), digests=not self.trust_files
-            )
-        damaged = {name for (name, _), fault in zip(files, faults, strict=True) if fault is not None}
-        for fault in filter(None, faults):
-            self.reporter.say(f"damaged since it was committed: {fault}. Its shard is collected again.")
-        for name in damaged:
-            store.remove(f"commits/{name}.json")
-            for file in files_of(receipts[name]):
-                store.remove(file.path)
-        return set(receipts) - damaged
-
     def _run_shards(
         self,
         plan: Plan,
@@ -267,6 +241,34 @@ class Driver:
                 self.summary.collector_seconds = progress.seconds
                 self.summary.bytes_written = progress.bytes_written
         return failures
+
+
+def intact_shards(store: Store, reporter: Reporter, *, digests: bool = True) -> set[str]:
+    """The names of the shards whose receipts and files are whole. What is not is taken away, to be made again.
+
+    Without `digests`, only the sizes of files are compared.
+    """
+    receipts = {}
+    for name in store.names("commits"):
+        try:
+            receipts[name.removesuffix(".json")] = store.read_json(f"commits/{name}")
+        except RunFailed as error:
+            reporter.say(f"{error} That shard is made again.")
+            store.remove(f"commits/{name}")
+    files = [(name, file) for name, receipt in receipts.items() for file in files_of(receipt)]
+    n_bytes = sum(file.n_bytes for _, file in files)
+    if not files:
+        return set()
+    with reporter.stage("check", n_bytes, "bytes") as advance:
+        faults = store.faults_of([file for _, file in files], lambda file: advance(file.n_bytes), digests=digests)
+    damaged = {name for (name, _), fault in zip(files, faults, strict=True) if fault is not None}
+    for fault in filter(None, faults):
+        reporter.say(f"damaged since it was committed: {fault}. Its shard is made again.")
+    for name in damaged:
+        store.remove(f"commits/{name}.json")
+        for file in files_of(receipts[name]):
+            store.remove(file.path)
+    return set(receipts) - damaged
 
 
 def run(

@@ -9,7 +9,7 @@ on the number of workers: the same recipe and data give the same shards everywhe
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -40,6 +40,9 @@ SHARDS_IN_HAND = 2
 """Shards that a collector holds at once: one in the model, one on its way to storage."""
 TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384}
 ROW_GROUPS_PER_SAMPLES_FILE = 64
+
+_DECIDES_NOTHING = ("store_hash", "recipe", "versions", "created_at", "files")
+"""Keys of store.json that say how a store came about, not what is in it."""
 
 # Bytes on disk as measured (docs/benchmarks.md): a row of partials, a bin of a histogram, a raw value by its width.
 PARTIAL_ROW_BYTES = 48
@@ -190,19 +193,33 @@ def freeze(plan: Plan, store: Store) -> tuple[Shard, ...]:
     Raises UsageError where the store's content was decided by another recipe, model or data.
     """
     if not store.exists("store.json"):
-        files = _write_samples(plan, store)
-        files.append(store.write_parquet("plan", "plan.parquet", PLAN_SCHEMA, lambda: iter([_plan_table(plan.shards)])))
-        store.create_json("store.json", plan.description | {"files": [asdict(file) for file in files]})
+        members = {shard.shard: group for shard, group in zip(plan.shards, plan.members, strict=True)}
+        write_plan(store, plan.description, plan.shards, lambda shard: _samples_table(shard, *members[shard.shard]))
     kept = store.describe()
     if kept["store_hash"] != plan.store_hash:
         raise UsageError(_difference(store.root, kept, plan.description))
-    damaged = [fault for fault in store.faults_of(files_of(kept)) if fault is not None]
+    check_frozen(store)
+    return load_shards(store)
+
+
+def write_plan(
+    store: Store, description: dict[str, Any], shards: Sequence[Shard], samples_of: Callable[[Shard], pa.Table]
+) -> None:
+    """Write the samples, the shard list and, last, store.json: from then on the plan is frozen. Memory holds the
+    samples of one shard at a time."""
+    files = _write_samples(store, shards, samples_of)
+    files.append(store.write_parquet("plan", "plan.parquet", PLAN_SCHEMA, lambda: iter([_plan_table(shards)])))
+    store.create_json("store.json", description | {"files": [asdict(file) for file in files]})
+
+
+def check_frozen(store: Store) -> None:
+    """Raises RunFailed where the plan or the samples of a store were damaged after they were frozen."""
+    damaged = [fault for fault in store.faults_of(files_of(store.describe())) if fault is not None]
     if damaged:
         raise RunFailed(
             f"{store.root}: the frozen plan was damaged: {damaged[0]}. Restore that file, or start again with a new "
             "--store."
         )
-    return load_shards(store)
 
 
 def load_shards(store: Store) -> tuple[Shard, ...]:
@@ -425,26 +442,28 @@ def _describe(
         "raw": {"policy": "kept" if raw_kept else "none", **chosen},
         "only_correct": only_correct,
     }
-    # Where a file lies does not decide what is in it: the same model and data elsewhere make the same store.
-    placeless = {
-        **decides,
-        "model": {key: value for key, value in decides["model"].items() if key not in ("id", "revision")},
-        "dataset": {key: value for key, value in decides["dataset"].items() if key not in ("source", "split")},
-    }
     return {
         **decides,
-        "store_hash": content_hash(placeless),
+        "store_hash": store_hash_of(decides),
         "recipe": recipe.model_dump(mode="json"),
         "versions": package_versions(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
+def store_hash_of(description: Mapping[str, Any]) -> str:
+    """The hash of the keys of store.json that decide what is in the store. Where a file lies does not: the same model
+    and data elsewhere make the same store."""
+    decides = {key: value for key, value in description.items() if key not in _DECIDES_NOTHING}
+    decides["model"] = {key: value for key, value in decides["model"].items() if key not in ("id", "revision")}
+    decides["dataset"] = {key: value for key, value in decides["dataset"].items() if key not in ("source", "split")}
+    return content_hash(decides)
+
+
 def _difference(root: str, kept: dict[str, Any], wanted: dict[str, Any]) -> str:
-    ours = ("store_hash", "recipe", "versions", "created_at", "files")
-    keys = [key for key in wanted if key not in ours and kept.get(key) != wanted[key]]
+    keys = [key for key in wanted | kept if key not in _DECIDES_NOTHING and kept.get(key) != wanted.get(key)]
     shown = "; ".join(
-        f"{key}: {_short(kept.get(key))} in the store, {_short(wanted[key])} asked for" for key in keys[:3]
+        f"{key}: {_short(kept.get(key))} in the store, {_short(wanted.get(key))} asked for" for key in keys[:3]
     )
     return (
         f"{root} was made by another recipe ({shown}). Expected store hash {wanted['store_hash'][:12]}, found "
@@ -457,21 +476,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def _plan_table(shards: tuple[Shard, ...]) -> pa.Table:
+def _plan_table(shards: Sequence[Shard]) -> pa.Table:
     return pa.Table.from_pylist([asdict(shard) for shard in shards], schema=PLAN_SCHEMA)
 
 
-def _write_samples(plan: Plan, store: Store) -> list[StoredFile]:
-    files: dict[str, list[int]] = {}
-    for index, shard in enumerate(plan.shards):
-        files.setdefault(shard.samples_file, []).append(index)
-
-    def tables(indices: list[int]) -> Iterator[pa.Table]:
-        return (_samples_table(plan.shards[index], *plan.members[index]) for index in indices)
-
+def _write_samples(store: Store, shards: Sequence[Shard], samples_of: Callable[[Shard], pa.Table]) -> list[StoredFile]:
+    files: dict[str, list[Shard]] = {}
+    for shard in shards:
+        files.setdefault(shard.samples_file, []).append(shard)
     return [
-        store.write_parquet("samples", path, SAMPLES_SCHEMA, partial(tables, indices), compression="zstd")
-        for path, indices in files.items()
+        store.write_parquet("samples", path, SAMPLES_SCHEMA, partial(map, samples_of, group), compression="zstd")
+        for path, group in files.items()
     ]
 
 
