@@ -8,17 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from neuronlens.interventions import intervene
+    from neuronlens.lens import Lens, open
     from neuronlens.programs import Program, Rule
     from neuronlens.ranges import RangeTable
 
-__all__ = ["Program", "RangeTable", "Rule", "intervene"]
+__all__ = ["Lens", "Program", "RangeTable", "Rule", "intervene", "open"]
 
 # The module is not called `intervene`: importing it would put itself in the function's place.
 _HOME = {
+    "Lens": "neuronlens.lens",
     "Program": "neuronlens.programs",
     "RangeTable": "neuronlens.ranges",
     "Rule": "neuronlens.programs",
     "intervene": "neuronlens.interventions",
+    "open": "neuronlens.lens",
 }
 
 

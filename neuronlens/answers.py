@@ -3,46 +3,59 @@
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from neuronlens.errors import UsageError
-from neuronlens.query import connect, questions, read_query
-from neuronlens.store import Store
+from neuronlens.lens import Lens
+from neuronlens.query import questions
 
 SHOWN_ROWS = 100
 _BATCH_ROWS = 65_536
+_ON_THEIR_SIDE = 12
+"""So many rows that are too wide for the terminal are shown as columns."""
 
 
-def answer(store: Store, query: str | None, form: str, params: Mapping[str, Any]) -> None:
+def answer(lens: Lens, query: str, form: str, params: Mapping[str, Any]) -> None:
     """Run a query, or a ready question by its name, over the store's views and print what comes out.
 
-    Without a query, the views and the ready questions are listed. Raises UsageError with DuckDB's reason where the
-    query is wrong.
+    Raises UsageError with DuckDB's reason where the query is wrong.
     """
-    if query is None:
-        _list_questions(Console())
-        return
     if form == "parquet" and sys.stdout.isatty():
         raise UsageError(
             "Parquet is not for a terminal. Send it to a file: neuronlens sql STORE QUERY --format parquet > "
             "answer.parquet"
         )
-    text = read_query(query) if query in questions() else query
-    with connect(store.file_lists(), fs=store.fs) as con:
-        try:
-            relation = con.sql(text, params=dict(params)) if params else con.sql(text)
-            if relation is None:
-                raise UsageError("That statement answers nothing. Ask with select, from, describe or summarize.")
-            _print(relation.to_arrow_reader(_BATCH_ROWS), form)
-        except duckdb.Error as error:
-            raise UsageError(f"DuckDB cannot answer that: {_sentence(error)}") from error
+    try:
+        print_rows(lens.sql(query, **params).to_arrow_reader(_BATCH_ROWS), form)
+    except duckdb.Error as error:
+        raise UsageError(f"DuckDB cannot answer that: {_sentence(error)}") from error
+
+
+def list_views(lens: Lens, console: Console) -> None:
+    """What a query may name: views and table macros."""
+    _list(console, "Views (describe NAME says what each column means)", lens.views())
+    _list(console, "Macros (from NAME(...))", lens.macros())
+
+
+def list_questions(console: Console) -> None:
+    """The queries of sql/ that run by their names."""
+    _list(console, "Ready questions (neuronlens sql STORE NAME [--param name=value])", questions())
+
+
+def _list(console: Console, title: str, entries: Mapping[str, str]) -> None:
+    table = Table("name", "what it answers", title=title, title_justify="left")
+    for name, meaning in entries.items():
+        table.add_row(Text(name), Text(meaning))
+    console.print(table)
 
 
 def _sentence(error: duckdb.Error) -> str:
@@ -51,16 +64,8 @@ def _sentence(error: duckdb.Error) -> str:
     return text.splitlines()[-1] if "Traceback (most recent call last)" in text else text
 
 
-def _list_questions(console: Console) -> None:
-    table = Table(
-        "question", "what it answers", title="Ready questions: neuronlens sql STORE NAME [--param name=value]"
-    )
-    for name, first_line in questions().items():
-        table.add_row(name, first_line)
-    console.print(table)
-
-
-def _print(reader: pa.RecordBatchReader, form: str) -> None:
+def print_rows(reader: pa.RecordBatchReader, form: str) -> None:
+    """All rows on stdout: `form` is csv, json, parquet or table."""
     if form == "parquet":
         with pq.ParquetWriter(pa.PythonFile(sys.stdout.buffer, mode="w"), reader.schema, compression="zstd") as writer:
             for batch in reader:
@@ -77,30 +82,59 @@ def _print(reader: pa.RecordBatchReader, form: str) -> None:
 
 def _rows(reader: pa.RecordBatchReader) -> Iterator[dict[str, Any]]:
     for batch in reader:
-        yield from batch.to_pylist()
+        columns = [_exact(column) for column in batch.columns]
+        yield from pa.RecordBatch.from_arrays(columns, names=batch.schema.names).to_pylist()
+
+
+def _exact(column: pa.Array) -> pa.Array:
+    """0.1 of a FLOAT column as 0.1, not as the double next to it, 0.10000000149011612."""
+    return column.cast(pa.string()).cast(pa.float64()) if pa.types.is_float32(column.type) else column
 
 
 def _print_json(rows: Iterator[dict[str, Any]]) -> None:
     """One array, a row a line, so that it streams and still is one JSON value."""
     sys.stdout.write("[")
     for number, row in enumerate(rows):
-        sys.stdout.write((",\n" if number else "\n") + json.dumps(row, default=str))
+        sys.stdout.write((",\n" if number else "\n") + json.dumps(finite(row), default=str))
     sys.stdout.write("\n]\n")
 
 
+def finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become the words that DuckDB reads back."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and value - value != 0:
+        return str(value)
+    return value
+
+
 def _print_table(reader: pa.RecordBatchReader) -> None:
-    table, n_rows = Table(*reader.schema.names), 0
+    console, shown, n_rows = Console(), [], 0
     for row in _rows(reader):
         n_rows += 1
         if n_rows <= SHOWN_ROWS:
-            table.add_row(*(_cell(value) for value in row.values()))
-    console = Console()
+            shown.append([_cell(value) for value in row.values()])
+    table = _table(reader.schema.names, shown)
+    needed = console.measure(table, options=console.options.update(max_width=10_000)).minimum
+    if len(shown) <= _ON_THEIR_SIDE and needed > console.width:
+        table = _table(["column", *["row"] * len(shown)], list(zip(reader.schema.names, *shown, strict=True)))
     console.print(table)
     if n_rows > SHOWN_ROWS:
         Console(stderr=True).print(f"{SHOWN_ROWS} of {n_rows:,} rows shown; --format csv prints them all.")
 
 
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table()
+    for name in names:
+        table.add_column(escape(name), overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -29,9 +29,11 @@ KINDS = (
 )
 """The kinds of file that a store holds. Each has a view `KIND_files`, empty where it has none: sql/schema.sql."""
 
+VIEW_FILES = ("views", "analysis", "functions", "comments")
+"""The files of sql/ that make views and table macros over the `KIND_files` views, in this order."""
+
 _FORMULAS = ("macros", "schema")
-_VIEWS = ("views", "analysis", "functions", "comments")
-_SETUP = (*_FORMULAS, *_VIEWS)
+_SETUP = (*_FORMULAS, *VIEW_FILES)
 _NAMED_BY_PATH = ("ranges", "partials", "shard_histograms")
 """Kinds whose rows belong to a table or shard that only their path names."""
 _JSON_KINDS = ("commits", "evaluations")
@@ -79,7 +81,7 @@ def connect(
         con.execute(read_query(name))
     for kind, paths in (files or {}).items():
         _read_from(con, kind, paths, fs)
-    for name in _VIEWS:
+    for name in VIEW_FILES:
         con.execute(read_query(name))
     return con
 
@@ -105,7 +107,7 @@ def _read_from(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], 
         relation = con.read_json(urls, columns=cast(Any, columns), format="auto")
     else:
         relation = con.read_parquet(urls, hive_partitioning=kind == "raw", filename=kind in _NAMED_BY_PATH)
-    relation.create_view(f"{kind}_files", replace=True)
+    relation.set_alias(kind).create_view(f"{kind}_files", replace=True)
 
 
 def attach_rows(con: duckdb.DuckDBPyConnection, view: str, rows: pa.Table) -> None:

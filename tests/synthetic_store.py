@@ -1,10 +1,12 @@
 """A store written from numpy arrays, by code of its own, so that a test does not check the collector against itself.
 
-Sums are taken in longdouble from the values, bins are found by searching the edges of docs/store-format.md.
+Sums are taken in longdouble from the values, bins are found by searching the edges of docs/store-format.md. Only
+`add_statistics` runs the code under test, for tests of what comes after it.
 """
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from neuronlens.recipe import OverlapSection
+from neuronlens.store import Store
+from pipeline.coverage import coverage_of
+from pipeline.statistics import Resources, Settings, compute_layer, kept_pairs, layers_of
 
 ATTEMPT = "0123456789ab"
 BIN_EDGES = np.array([2.0 ** (-14 + (b - 1) // 8) * (1 + ((b - 1) % 8) / 8) for b in range(1, 209)])
@@ -74,18 +81,21 @@ def write_store(
     first = 0
     for number, shard in enumerate(shards):
         name = f"shard-{number:05d}.{ATTEMPT}.parquet"
-        partials, counts = [], []
+        partials, counts, values = [], [], []
         for layer, x_SN in enumerate(shard.x_LSN):
             partials.append(_partials(layer, hook_point, shard.concept, x_SN))
             counts.append(_counts(layer, hook_point, shard.concept, x_SN))
             if raw:
-                path = root / "raw" / f"hook_point={hook_point}" / f"layer={layer}" / name
-                files["raw"].append(write(path, [_values(shard.concept, x_SN, first)]))
+                values.append(f"raw/hook_point={hook_point}/layer={layer}/{name}")
+                files["raw"].append(write(root / values[-1], [_values(shard.concept, x_SN, first)]))
         files["partials"].append(write(root / "partials" / name, partials))
         if histograms:
             files["histograms"].append(write(root / "histograms" / name, counts))
         kinds = ("partials", "histograms") if histograms else ("partials",)
-        files["commits"].append(_commit(root, number, shard, [stored(root, kind, f"{kind}/{name}") for kind in kinds]))
+        named = [stored(root, kind, f"{kind}/{name}") for kind in kinds] + [
+            stored(root, "raw", path) for path in values
+        ]
+        files["commits"].append(_commit(root, number, shard, named))
         first += shard.x_LSN.shape[1]
     files["plan"] = [write(root / "plan.parquet", [_plan(shards)])]
     files["samples"] = [write(root / "samples" / "part-00000.parquet", [_samples(shards)])]
@@ -224,6 +234,12 @@ def _describe(root: Path, shards: Sequence[Shard], hook_point: str) -> None:
         "hook_points": [hook_point],
         "layers": list(range(n_layers)),
         "widths": {hook_point: width},
+        "unit": "last_token",
+        "concepts": {
+            concept: sum(shard.x_LSN.shape[1] for shard in shards if shard.concept == concept)
+            for concept in sorted({shard.concept for shard in shards})
+        },
+        "files": [stored(root, "plan", "plan.parquet"), stored(root, "samples", "samples/part-00000.parquet")],
         "dataset": {"n_rows": sum(shard.x_LSN.shape[1] for shard in shards)},
     }
     (root / "store.json").write_text(json.dumps(description), encoding="utf-8")
@@ -246,3 +262,20 @@ def _commit(root: Path, number: int, shard: Shard, files: Sequence[dict[str, obj
     }
     path.write_text(json.dumps(receipt, indent=2), encoding="utf-8")
     return str(path)
+
+
+def add_statistics(root: Path, *, keep: str = "auto") -> Store:
+    """What the statistics stage makes of the shards under `root`, layer by layer; the store as a run leaves it."""
+    store = Store(str(root))
+    commits = store.receipts("commits")
+    n_concepts = len({receipt["concept"] for receipt in commits})
+    for layer in layers_of(store.describe()):
+        compute_layer(
+            store,
+            layer,
+            commits,
+            settings=Settings(tau=2.5, overlap=kept_pairs(OverlapSection(keep=keep, top=1), n_concepts)),
+            coverage=coverage_of(store, commits),
+            resources=Resources(n_threads=1, memory_bytes=10**9, scratch=tempfile.gettempdir()),
+        )
+    return store

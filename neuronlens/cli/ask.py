@@ -1,12 +1,14 @@
-"""The commands that ask a store: sql."""
+"""The commands that ask a store: sql, views."""
 
 import json
+import sys
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from neuronlens.cli.app import StoreArgument, app, open_store
+from neuronlens.console import stderr
 from neuronlens.errors import UsageError
 
 
@@ -18,21 +20,60 @@ class Format(StrEnum):
 
 
 @app.command(
-    epilog='Example: `neuronlens sql STORE "select layer, median(kurtosis) from moments group by all" --format csv`'
+    epilog='Example: `neuronlens sql STORE "select layer, median(kurtosis) from moments group by all" --format csv` · '
+    "`neuronlens sql STORE < query.sql` · `neuronlens sql STORE` for a prompt"
 )
 def sql(
     store: StoreArgument,
     query: Annotated[
-        str | None, typer.Argument(help="SQL, or a question from sql/ by name. Without it: what there is.")
+        str | None,
+        typer.Argument(help="SQL, or a question from sql/ by name. Without it: a prompt, or SQL from a pipe."),
     ] = None,
     output: Annotated[Format, typer.Option("--format", help="How to print the answer.")] = Format.table,
     params: Annotated[list[str] | None, typer.Option("--param", help="name=value for a $name in the query.")] = None,
 ) -> None:
-    """Ask the store in SQL. Views: samples, shards, partials, histograms, moments, overlap, concept_overlap, salience,
-    ranges, activations."""
+    """Ask the store in SQL, read only. `describe VIEW` says what the columns mean; `neuronlens views STORE --list`
+    what there is to ask."""
     from neuronlens.answers import answer
+    from neuronlens.lens import Lens
 
-    answer(open_store(store), query, output.value, dict(_assignment(param) for param in params or []))
+    given = dict(_assignment(param) for param in params or [])
+    with Lens(open_store(store)) as lens:
+        if query is None and sys.stdin.isatty():
+            from neuronlens.shell import open_shell
+
+            open_shell(lens, stderr())
+            return
+        text = query if query is not None else sys.stdin.read().strip()
+        if not text:
+            raise UsageError(
+                "There is no query: none was given, and nothing came from the pipe. Expected SQL or the name of a "
+                "question; neuronlens views STORE --list shows what there is."
+            )
+        answer(lens, text, output.value, given)
+
+
+@app.command(epilog="Example: `neuronlens views STORE > views.sql`, then `duckdb -init views.sql`")
+def views(
+    store: StoreArgument,
+    names: Annotated[
+        bool, typer.Option("--list", help="Instead, list views, table macros and ready questions.")
+    ] = False,
+) -> None:
+    """Print SQL that makes the same views in any DuckDB client: the plain shell, Python, R, DBeaver."""
+    from rich.console import Console
+
+    from neuronlens.answers import list_questions, list_views
+    from neuronlens.lens import Lens, view_script
+
+    opened = open_store(store)
+    if not names:
+        typer.echo(view_script(opened), nl=False)
+        return
+    with Lens(opened) as lens:
+        console = Console()
+        list_views(lens, console)
+        list_questions(console)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import duckdb
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -75,8 +76,9 @@ class TestStore:
         assert pq.read_table(folder / "answer.parquet").to_pylist() == rows
 
     def test_sql__lists_the_ready_questions_and_runs_one_by_name(self, folder):
-        listed = neuronlens("sql", "store", cwd=folder)
-        assert "gaussianity_by_layer" in listed.stdout
+        listed = neuronlens("views", "store", "--list", cwd=folder)
+        for name in ("gaussianity_by_layer", "neuron_card", "overlap_by_layer"):
+            assert name in listed.stdout
         answered = neuronlens("sql", "store", "gaussianity_by_layer", "--format", "csv", cwd=folder)
         assert answered.returncode == 0, answered.stderr
         assert len(answered.stdout.splitlines()) > 1
@@ -86,6 +88,34 @@ class TestStore:
         assert done.returncode == 2
         assert "nonsense" in done.stderr
         assert "Traceback" not in done.stderr
+
+    def test_sql__takes_a_query_from_a_pipe_and_asks_for_one_where_there_is_none(self, folder):
+        command = [sys.executable, "-m", "neuronlens", "sql", "store", "--format", "csv"]
+        piped = subprocess.run(
+            command, cwd=folder, input="select 0.1::float as x;\n", capture_output=True, text=True, timeout=100
+        )
+        assert piped.stdout.splitlines() == ["x", "0.1"]
+        empty = subprocess.run(
+            command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100
+        )
+        assert empty.returncode == 2
+        assert "There is no query" in empty.stderr
+
+    def test_sql__shows_few_wide_rows_on_their_side(self, folder):
+        shown = neuronlens("sql", "store", "from neuron_card(0, 1)", cwd=folder).stdout
+        assert "nearest_ovl" in shown
+        assert max(map(len, shown.splitlines())) <= 80
+
+    def test_sql__writes_infinities_into_json_as_words(self, folder):
+        done = neuronlens(
+            "sql", "store", "select 'inf'::double as x, ['nan'::float] as y", "--format", "json", cwd=folder
+        )
+        assert json.loads(done.stdout) == [{"x": "inf", "y": ["nan"]}]
+
+    def test_views__make_the_same_views_in_plain_duckdb(self, folder):
+        con = duckdb.connect()
+        con.execute(neuronlens("views", "store", cwd=folder).stdout)
+        assert con.execute("select count(*) from moments").fetchone() == (160,)
 
     def test_ranges__makes_another_table(self, folder):
         done = neuronlens("ranges", "store", "--tau", "1", "--top-fraction", "0.5", "--json", cwd=folder)
