@@ -8,7 +8,7 @@ Starts no Ray and loads no model.
 import typer
 
 from neuronlens.cli.app import ChangesOption, JsonOption, StoreArgument
-from neuronlens.console import command_line, print_json, stderr
+from neuronlens.console import ConsoleReporter, command_line, print_json, stderr
 from neuronlens.report import coverage_line
 from neuronlens.store import Store
 from pipeline.emit import emit_table
@@ -22,7 +22,13 @@ def main(store: StoreArgument, changes: ChangesOption = None, as_json: JsonOptio
     """Make the range table of a store. The same settings give the same table, under the same id."""
     opened = Store(store)
     asked = recipe_of(opened, changes).ranges
-    table = emit_table(opened, tau=asked.tau, top_fraction=asked.top_fraction, salience=asked.salience)
+    table = emit_table(
+        opened,
+        tau=asked.tau,
+        top_fraction=asked.top_fraction,
+        salience=asked.salience,
+        reporter=ConsoleReporter(stderr()),
+    )
     stderr().print(f"{table.id}: {table.rows.num_rows:,} ranges. {coverage_line(table.header.coverage) or ''}")
     stderr().print(f"Next:\n  python -m jobs.evaluate {opened.root} --table {table.id}", highlight=False)
     if as_json:

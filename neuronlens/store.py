@@ -297,10 +297,10 @@ class Store:
     # --- what counts -----------------------------------------------------------------------------------------------
 
     def committed_files(self) -> list[StoredFile]:
-        """Every file that counts: those of the plan, named by store.json, and those that the receipt of a shard or of a
-        layer's statistics names."""
+        """Every file that counts: those of the plan, named by store.json, and those that the receipt of a shard, of a
+        layer's statistics or of its probe names."""
         receipts = [self.read_json("store.json")] if self.exists("store.json") else []
-        for folder in ("commits", "statistics"):
+        for folder in ("commits", "statistics", "probes"):
             receipts += self.receipts(folder)
         return [file for receipt in receipts for file in files_of(receipt)]
 
@@ -310,6 +310,7 @@ class Store:
         for file in self.committed_files():
             lists.setdefault(file.kind, []).append(self.path(file.path))
         lists["commits"] = [self.path(f"commits/{name}") for name in sorted(self.names("commits"))]
+        lists["evaluations"] = [self.path(f"evaluations/{name}") for name in sorted(self.names("evaluations"))]
         lists["evaluations"] = [self.path(f"evaluations/{name}") for name in sorted(self.names("evaluations"))]
         lists["ranges"] = [self.path(f"ranges/{name}/ranges.parquet") for name in self.table_ids()]
         return lists

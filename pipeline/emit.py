@@ -1,7 +1,7 @@
 """The ranges stage: from a store's moments and salience to an immutable range table."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neuronlens.errors import UsageError
 from neuronlens.query import connect, run_file
@@ -9,17 +9,21 @@ from neuronlens.ranges import RangeTable, TableModel
 from neuronlens.retry import retried
 from neuronlens.store import Store
 from pipeline.coverage import coverage_of
+from pipeline.probe import make_probes
 from pipeline.statistics import inputs_hash
+
+if TYPE_CHECKING:
+    from pipeline.driver import Reporter
 
 FIRST_METHODS = ("mean_abs", "cohens_d", "selectivity")
 """What the salience of a layer holds whose receipt has no list of methods: there were no others then."""
 
 
-def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) -> RangeTable:
+def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str, reporter: "Reporter") -> RangeTable:
     """Make, save and return the range table of a store. The same arguments give the same table, with the same id.
 
-    Raises UsageError where the store has no statistics yet, or none by that method of salience, or where no concept has
-    a range.
+    Salience `probe` trains the linear probes that the store does not hold yet. Raises UsageError where the store has no
+    statistics yet, or none by that method of salience, or where no concept has a range.
     """
     description = store.describe()
     commits, statistics = store.receipts("commits"), store.receipts("statistics")
@@ -29,7 +33,10 @@ def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str) 
             "statistics of these shards: make them with 'python -m jobs.statistics STORE', or let the same 'neuronlens "
             "run' command go on where it stopped."
         )
-    _check_salience(store, statistics, salience)
+    if salience == "probe":
+        make_probes(store, reporter)
+    else:
+        _check_salience(store, statistics, salience)
     with connect(store.file_lists(), fs=store.fs) as con:
         rows = run_file(con, "ranges", tau=tau, top_fraction=top_fraction, salience=salience)
     model = description["model"]

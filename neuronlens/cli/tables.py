@@ -14,7 +14,13 @@ def ranges(
     store: StoreArgument,
     tau: Annotated[float, typer.Option(help="Half width of a range in standard deviations.")] = 2.5,
     top_fraction: Annotated[float, typer.Option(help="Share of a layer's neurons that count as salient.")] = 0.3,
-    salience: Annotated[str, typer.Option(help="mean_abs, cohens_d or selectivity.")] = "mean_abs",
+    salience: Annotated[
+        str,
+        typer.Option(
+            help="mean_abs, mean, probeless, cohens_d, selectivity, f_ratio, mutual_information or, from raw values, "
+            "probe: `neuronlens sql STORE 'describe salience'`."
+        ),
+    ] = "mean_abs",
     as_json: JsonOption = False,
 ) -> None:
     """Make another range table from the same statistics: no forward pass, seconds."""
@@ -24,7 +30,13 @@ def ranges(
     asked = parse_section(
         RangesSection, {"tau": tau, "top_fraction": top_fraction, "salience": salience}, origin="ranges"
     )
-    table = emit_table(open_store(store), tau=asked.tau, top_fraction=asked.top_fraction, salience=asked.salience)
+    table = emit_table(
+        open_store(store),
+        tau=asked.tau,
+        top_fraction=asked.top_fraction,
+        salience=asked.salience,
+        reporter=ConsoleReporter(stderr()),
+    )
     stderr().print(f"{table.id}: {table.rows.num_rows:,} ranges, tau {tau:g}, top {top_fraction:.0%} by {salience}")
     if as_json:
         print_json({"range_table": table.id, "rows": table.rows.num_rows})

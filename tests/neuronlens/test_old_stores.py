@@ -17,6 +17,7 @@ from neuronlens.errors import UsageError
 from neuronlens.query import connect
 from neuronlens.ranges import RangeTable
 from neuronlens.store import FORMAT_VERSION, Store
+from pipeline.driver import Silent
 from pipeline.emit import emit_table
 
 STORES = Path(__file__).parents[1] / "stores"
@@ -166,14 +167,14 @@ def test_version_1__loads_its_range_table_by_its_id():
 
 
 def test_version_1__gives_the_same_table_for_the_same_question(copy):
-    assert emit_table(Store(str(copy)), tau=2.5, top_fraction=0.3, salience="mean_abs").id == TABLE
+    assert emit_table(Store(str(copy)), tau=2.5, top_fraction=0.3, salience="mean_abs", reporter=Silent()).id == TABLE
 
 
 def test_version_1__says_how_to_get_the_salience_that_it_does_not_hold(copy):
     with pytest.raises(
         UsageError, match=r"by mean_abs, cohens_d, selectivity; 'f_ratio' is not.*python -m jobs\.statistics"
     ):
-        emit_table(Store(str(copy)), tau=2.5, top_fraction=0.3, salience="f_ratio")
+        emit_table(Store(str(copy)), tau=2.5, top_fraction=0.3, salience="f_ratio", reporter=Silent())
 
 
 def test_version_1__answers_the_commands(copy):
