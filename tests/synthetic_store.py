@@ -27,10 +27,20 @@ BIN_EDGES = np.array([2.0 ** (-14 + (b - 1) // 8) * (1 + ((b - 1) % 8) / 8) for 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """The values of one shard: x_LSN is float32 [layers, samples, neurons], NaN and inf allowed."""
+    """The values of one shard: x_LSN is float32 [layers, samples, neurons], NaN and inf allowed.
+
+    n_tokens_S is how long each text is, 10 without it. `answers` is what the model answered: a row of predictions a
+    sample (predicted, correct, confidence).
+    """
 
     concept: str
     x_LSN: np.ndarray
+    n_tokens_S: np.ndarray | None = None
+    answers: Sequence[tuple[str | None, bool, float | None]] | None = None
+
+    @property
+    def lengths_S(self) -> np.ndarray:
+        return np.full(self.x_LSN.shape[1], 10) if self.n_tokens_S is None else self.n_tokens_S
 
 
 def moments_of(x_S: np.ndarray) -> dict[str, float | None]:
@@ -95,11 +105,15 @@ def write_store(
         named = [stored(root, kind, f"{kind}/{name}") for kind in kinds] + [
             stored(root, "raw", path) for path in values
         ]
+        if shard.answers is not None:
+            path = write(root / "predictions" / name, [_predictions(shard.answers, first)])
+            files.setdefault("predictions", []).append(path)
+            named.append(stored(root, "predictions", f"predictions/{name}"))
         files["commits"].append(_commit(root, number, shard, named))
         first += shard.x_LSN.shape[1]
     files["plan"] = [write(root / "plan.parquet", [_plan(shards)])]
     files["samples"] = [write(root / "samples" / "part-00000.parquet", [_samples(shards)])]
-    _describe(root, shards, hook_point)
+    _describe(root, shards, hook_point, raw)
     return files
 
 
@@ -193,6 +207,18 @@ def _values(concept: str, x_SN: np.ndarray, first_sample: int) -> pa.Table:
     )
 
 
+def _predictions(answers: Sequence[tuple[str | None, bool, float | None]], first_sample: int) -> pa.Table:
+    predicted, correct, confidence = zip(*answers, strict=True)
+    return pa.table(
+        {
+            "sample": first_sample + np.arange(len(answers)),
+            "predicted": pa.array(predicted, pa.string()),
+            "correct": pa.array(correct, pa.bool_()),
+            "confidence": pa.array(confidence, pa.float32()),
+        }
+    )
+
+
 def _plan(shards: Sequence[Shard]) -> pa.Table:
     n_samples = np.array([shard.x_LSN.shape[1] for shard in shards])
     return pa.table(
@@ -200,7 +226,7 @@ def _plan(shards: Sequence[Shard]) -> pa.Table:
             "shard": np.arange(len(shards), dtype=np.int32),
             "concept": [shard.concept for shard in shards],
             "n_samples": n_samples,
-            "n_tokens": n_samples * 10,
+            "n_tokens": [int(shard.lengths_S.sum()) for shard in shards],
             "n_batches": np.ones(len(shards), np.int32),
             "samples_file": ["samples/part-00000.parquet"] * len(shards),
             "row_group": np.arange(len(shards), dtype=np.int32),
@@ -211,6 +237,7 @@ def _plan(shards: Sequence[Shard]) -> pa.Table:
 def _samples(shards: Sequence[Shard]) -> pa.Table:
     shard_of = np.repeat(np.arange(len(shards)), [shard.x_LSN.shape[1] for shard in shards])
     n = len(shard_of)
+    n_tokens = np.concatenate([shard.lengths_S for shard in shards])
     return pa.table(
         {
             "sample": np.arange(n),
@@ -218,15 +245,15 @@ def _samples(shards: Sequence[Shard]) -> pa.Table:
             "batch": np.zeros(n, np.int32),
             "concept": [shards[s].concept for s in shard_of],
             "row": np.arange(n),
-            "n_tokens": np.full(n, 10, np.int32),
+            "n_tokens": n_tokens.astype(np.int32),
             "truncated": np.zeros(n, bool),
             "text": [f"text {i}" for i in range(n)],
-            "token_ids": pa.array([list(range(10))] * n, pa.list_(pa.int32())),
+            "token_ids": pa.array([list(range(length)) for length in n_tokens], pa.list_(pa.int32())),
         }
     )
 
 
-def _describe(root: Path, shards: Sequence[Shard], hook_point: str) -> None:
+def _describe(root: Path, shards: Sequence[Shard], hook_point: str, raw: bool) -> None:
     n_layers, _, width = shards[0].x_LSN.shape
     description = {
         "format_version": 1,
@@ -235,6 +262,8 @@ def _describe(root: Path, shards: Sequence[Shard], hook_point: str) -> None:
         "layers": list(range(n_layers)),
         "widths": {hook_point: width},
         "unit": "last_token",
+        "model": {"id": "synthetic", "revision": None, "config_hash": "0" * 64},
+        "raw": {"policy": "all" if raw else "none", "layers": "all", "neurons": "all"},
         "concepts": {
             concept: sum(shard.x_LSN.shape[1] for shard in shards if shard.concept == concept)
             for concept in sorted({shard.concept for shard in shards})
