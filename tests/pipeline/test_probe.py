@@ -32,15 +32,13 @@ def _shards(n_layers: int = 2) -> list[Shard]:
 @pytest.fixture
 def store(tmp_path) -> Store:
     write_store(tmp_path / "store", _shards())
-    _describe(tmp_path / "store")
     return add_statistics(tmp_path / "store")
 
 
-def _describe(root: Path, **raw: object) -> None:
-    """What emit_table reads of store.json beyond what write_store says."""
+def _keep_raw_of(root: Path, **raw: object) -> None:
+    """As if less had been kept."""
     description = json.loads((root / "store.json").read_text())
-    description["raw"] = {"policy": "all", "layers": "all", "neurons": "all"} | raw
-    description["model"] = {"id": "m", "revision": None, "config_hash": "0" * 64}
+    description["raw"] |= raw
     (root / "store.json").write_text(json.dumps(description))
 
 
@@ -89,7 +87,7 @@ def test_make_probes__train_again_where_a_file_was_damaged(store):
     [({"policy": "none"}, "no raw values"), ({"layers": [0]}, "some"), ({"neurons": [1, 2]}, "some")],
 )
 def test_make_probes__need_raw_values_of_every_neuron(store, raw, lack):
-    _describe(Path(store.root), **raw)
+    _keep_raw_of(Path(store.root), **raw)
     with pytest.raises(UsageError, match=rf"{lack}.*collect\.raw=all"):
         make_probes(store, Silent())
     assert not store.exists("probes")
