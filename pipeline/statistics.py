@@ -153,6 +153,34 @@ def compute_statistics(
         raise RunFailed(_failed(failures, len(layers))) from failures[0][1]
 
 
+def compute_statistics_here(
+    store: Store,
+    *,
+    tau: float,
+    memory_limit: int | None,
+    on_done: Callable[[dict[str, Any]], None],
+    overlap: OverlapSection | None = None,
+) -> None:
+    """As `compute_statistics`, but layer after layer in this process, without Ray; the first that fails is the last."""
+    layers = layers_of(store.describe())
+    commits = store.receipts("commits")
+    n_concepts = len({receipt["concept"] for receipt in commits})
+    settings = Settings(tau=tau, overlap=kept_pairs(overlap or OverlapSection(), n_concepts))
+    n_threads = os.cpu_count() or 1
+    resources = Resources(
+        n_threads=n_threads,
+        memory_bytes=memory_share({}, n_threads, memory_limit, machine_bytes=_machine_memory_bytes()),
+        scratch=os.environ.get(SCRATCH_VARIABLE) or tempfile.gettempdir(),
+    )
+    coverage = coverage_of(store, commits)
+    for layer in layers:
+        try:
+            receipt = compute_layer(store, layer, commits, settings=settings, coverage=coverage, resources=resources)
+        except Exception as error:
+            raise RunFailed(_failed([(layer, error)], len(layers))) from error
+        on_done(receipt)
+
+
 def _task_options(
     nodes: Sequence[Mapping[str, float]], n_layers: int, memory_limit: int | None
 ) -> dict[str, float | int]:
