@@ -31,6 +31,11 @@ class TokenBatch:
         """True where every row's real tokens stand first: pads come after and a causal model never sees them."""
         return bool(self.mask_BT[:, 0].all()) and bool((self.mask_BT[:, 1:] <= self.mask_BT[:, :-1]).all())
 
+    def left_aligned(self) -> "TokenBatch":
+        """The same texts with all their pads at the end."""
+        order_BT = (~self.mask_BT).int().argsort(dim=1, stable=True)
+        return TokenBatch(ids_BT=self.ids_BT.gather(1, order_BT), mask_BT=self.mask_BT.gather(1, order_BT))
+
     def to(self, device: torch.device | str) -> "TokenBatch":
         return TokenBatch(ids_BT=self.ids_BT.to(device), mask_BT=self.mask_BT.to(device))
 

@@ -5,8 +5,9 @@ is not special), `mean` (the mean over those tokens, a row a text) and `cls` (th
 """
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,15 @@ import torch
 from neuronlens.accumulate import make_accumulator
 from neuronlens.batches import TokenBatch
 from neuronlens.errors import UsageError
-from neuronlens.hookpoints import Site, attach
+from neuronlens.hookpoints import Site, attach, last_projection
 from neuronlens.models import LoadedModel
+from neuronlens.predictions import AnswerKey, Predictions, predict
+
+MAX_HELD_BYTES = 128 * 2**20
+"""How much of a batch may wait for the answers that say which of its texts count."""
+
+_Use = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Takes a site's index, x_RN and the rows of it that count."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +35,14 @@ class Rows:
     index_K: torch.Tensor
     sample_K: torch.Tensor
     position_K: torch.Tensor | None
+
+    def chosen(self, kept_X: torch.Tensor) -> "Rows":
+        """These of the rows, by their places 0 to K - 1."""
+        return Rows(
+            index_K=self.index_K[kept_X],
+            sample_K=self.sample_K[kept_X],
+            position_K=None if self.position_K is None else self.position_K[kept_X],
+        )
 
 
 class _Captured(Exception):
@@ -65,6 +81,8 @@ class Capture:
             make_accumulator(site.width, histogram=histograms, device=loaded.device, n_threads=n_threads)
             for site in self.sites
         ]
+        itemsize = 4 if unit == "mean" else loaded.dtype.itemsize
+        self._row_bytes = sum(site.width for site in self.sites) * itemsize
         self._last_mlp = _mlp_of(loaded.module, self.sites[-1]) if unit in ("last_token", "cls") else None
         self.raw_values: dict[int, list[torch.Tensor]] = {site: [] for site in raw}
         self.raw_samples: list[torch.Tensor] = []
@@ -73,55 +91,119 @@ class Capture:
 
     def add(self, batch: TokenBatch, keep_B: torch.Tensor | None = None) -> None:
         """Run the batch (on the CPU; moved here to the model's device) and count its rows; `keep_B` (bool) leaves
-        texts out."""
+        texts out. The pass ends at the last site."""
         rows = self.rows_of(batch, keep_B)
-        if self._raw:
-            self.raw_samples.append(rows.sample_K)
-            self.raw_positions.append(rows.position_K)
+        self._note(rows)
         if len(rows.index_K) == 0:
             return
-        mask_BT = self._counted_tokens(batch) if self.unit == "mean" else None
-        device = self._loaded.device
-        index_K, last = rows.index_K.to(device), len(self.sites) - 1
-        mask_BT = None if mask_BT is None else mask_BT.to(device)
-
-        row_K = torch.arange(len(index_K), device=device)
+        last = len(self.sites) - 1
+        take = self._taker(batch, rows, self._count, narrowed=None if self._last_mlp is None else last)
 
         def see(site: int, x_BTN: torch.Tensor) -> None:
-            started = time.perf_counter()
-            x_RN = x_BTN.flatten(0, 1) if mask_BT is None else _means(x_BTN, mask_BT)
-            is_narrow = site == last and self._last_mlp is not None
-            rows = row_K if is_narrow else index_K
-            self.accumulators[site].add(x_RN, rows)
-            if site in self._raw:
-                self._keep_raw(site, x_RN, rows)
-            self.statistics_seconds += time.perf_counter() - started
+            take(site, x_BTN)
             if site == last:
                 raise _Captured
 
         with (
             torch.inference_mode(),
             attach(self._loaded.module, self.sites, see),
-            self._narrowed(index_K),
+            _narrowed(self._last_mlp, rows.index_K.to(self._loaded.device)),
             contextlib.suppress(_Captured),
         ):
-            self._loaded.hidden(batch.to(device))
+            self._loaded.hidden(batch.to(self._loaded.device))
 
-    @contextlib.contextmanager
-    def _narrowed(self, index_K: torch.Tensor) -> Iterator[None]:
-        """The last MLP of the pass sees only the tokens that count, [K, 1, d_model]: nothing after it needs more."""
-        if self._last_mlp is None:
-            yield
-            return
+    def add_and_predict(self, batch: TokenBatch, key: AnswerKey, *, only_correct: bool = False) -> Predictions:
+        """Count the batch's rows in a pass that goes on to the model's answers, one a text, in the batch's order.
+        `only_correct` leaves out the texts that are answered wrongly.
 
-        def choose(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            return args[0].flatten(0, 1).index_select(0, index_K)[:, None], *args[1:]
+        Raises UsageError where the model answers nothing.
+        """
+        if self._loaded.head_reads_first:
+            batch = batch.left_aligned()
+        rows = self.rows_of(batch)
+        if not only_correct:
+            self._note(rows)
+            return self._predicted(batch, rows, key, self._count)
+        if len(rows.index_K) * self._row_bytes > MAX_HELD_BYTES:
+            # Which texts count is known after the last layer, when the first layers' rows are long gone. Holding them
+            # back would take as much memory as keeping the activations: the model runs twice instead.
+            predictions = predict(self._loaded, batch, key)
+            self.add(batch, predictions.correct_B.cpu())
+            return predictions
+        held: list[tuple[int, torch.Tensor]] = []
 
-        handle = self._last_mlp.register_forward_pre_hook(choose)
-        try:
-            yield
-        finally:
-            handle.remove()
+        def hold(site: int, x_RN: torch.Tensor, rows_K: torch.Tensor) -> None:
+            held.append((site, x_RN.index_select(0, rows_K)))
+
+        predictions = self._predicted(batch, rows, key, hold)
+        kept_K = predictions.correct_B.cpu()[rows.sample_K].nonzero().squeeze(1)
+        self._note(rows.chosen(kept_K))
+        started = time.perf_counter()
+        with torch.inference_mode():
+            for site, x_KN in held if len(kept_K) else []:
+                self._count(site, x_KN, kept_K.to(x_KN.device))
+        self.statistics_seconds += time.perf_counter() - started
+        return predictions
+
+    def _predicted(self, batch: TokenBatch, rows: Rows, key: AnswerKey, use: _Use) -> Predictions:
+        """The pass that goes on to the answers. Where all that follows reads one token of each text, the other tokens
+        end at the last down projection, or before the whole MLP where no site in it needs them."""
+        n_texts, n_columns = batch.ids_BT.shape
+        read_B = torch.zeros(n_texts, dtype=torch.int64) if self._loaded.head_reads_first else batch.last_B
+        read_B = (torch.arange(n_texts) * n_columns + read_B).to(self._loaded.device)
+        mlp, projection = self._tail
+        last = self.sites.index(projection) if projection in self.sites else None
+        take = self._taker(batch, rows, use, narrowed=None if mlp is None else last)
+
+        def see(site: int, x_BTN: torch.Tensor) -> torch.Tensor | None:
+            if len(rows.index_K):
+                take(site, x_BTN)
+            ends_here = site == last and mlp is None
+            return x_BTN.flatten(0, 1).index_select(0, read_B)[:, None] if ends_here else None
+
+        with attach(self._loaded.module, self.sites, see), _narrowed(mlp, read_B):
+            return predict(self._loaded, batch, key)
+
+    @functools.cached_property
+    def _tail(self) -> tuple[torch.nn.Module | None, Site | None]:
+        """The last MLP, where it need see no token but those that the head reads; and the site of its down projection,
+        where none comes after it."""
+        projection, last = last_projection(self._loaded.module, self.sites), self.sites[-1]
+        if projection is None:
+            return None, None
+        is_before = last.layer < projection.layer or last.hook_point == "attn_out"
+        wants_the_same = last == projection and self.unit == "last_token" and not self._loaded.head_reads_first
+        if is_before or wants_the_same:
+            return _mlp_of(self._loaded.module, projection), projection
+        return None, projection if last == projection else None
+
+    def _taker(
+        self, batch: TokenBatch, rows: Rows, use: _Use, *, narrowed: int | None
+    ) -> Callable[[int, torch.Tensor], None]:
+        """What hands the rows that count at a site to `use`. At the site `narrowed`, x_BTN holds them alone."""
+        device = self._loaded.device
+        mask_BT = self._counted_tokens(batch).to(device) if self.unit == "mean" else None
+        index_K = rows.index_K.to(device)
+        row_K = torch.arange(len(index_K), device=device)
+
+        def take(site: int, x_BTN: torch.Tensor) -> None:
+            started = time.perf_counter()
+            x_RN = x_BTN.flatten(0, 1) if mask_BT is None else _means(x_BTN, mask_BT)
+            use(site, x_RN, row_K if site == narrowed else index_K)
+            self.statistics_seconds += time.perf_counter() - started
+
+        return take
+
+    def _count(self, site: int, x_RN: torch.Tensor, rows_K: torch.Tensor) -> None:
+        self.accumulators[site].add(x_RN, rows_K)
+        if site in self._raw:
+            self._keep_raw(site, x_RN, rows_K)
+
+    def _note(self, rows: Rows) -> None:
+        """Once a batch: whose the raw rows are."""
+        if self._raw:
+            self.raw_samples.append(rows.sample_K)
+            self.raw_positions.append(rows.position_K)
 
     def rows_of(self, batch: TokenBatch, keep_B: torch.Tensor | None = None) -> Rows:
         """The rows that this unit counts. For `mean`, rows index the texts themselves: [B]."""
@@ -175,11 +257,18 @@ def _means(x_BTN: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     return total_BN / weight_BT1.sum(dim=1)
 
 
-def correct_B(loaded: LoadedModel, batch: TokenBatch, answer: int) -> torch.Tensor:
-    """Bool [B], on the CPU: does the model's most probable next token after each prompt equal the token `answer`?"""
-    with torch.inference_mode():
-        if loaded.kind == "classifier":
-            return (loaded.class_logits(batch.to(loaded.device)).argmax(dim=1) == answer).cpu()
-        hidden_BTD = loaded.hidden(batch.to(loaded.device))
-        last_BD = hidden_BTD[torch.arange(len(hidden_BTD)), batch.last_B]
-        return (loaded.logits(last_BD).argmax(dim=1) == answer).cpu()
+@contextlib.contextmanager
+def _narrowed(mlp: torch.nn.Module | None, index_K: torch.Tensor) -> Iterator[None]:
+    """The MLP sees only these tokens, [K, 1, d_model]: nothing after it needs more."""
+    if mlp is None:
+        yield
+        return
+
+    def choose(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return args[0].flatten(0, 1).index_select(0, index_K)[:, None], *args[1:]
+
+    handle = mlp.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -171,6 +171,22 @@ def find_sites(
     return tuple(wanted[key] for key in sorted(wanted))
 
 
+def last_projection(module: nn.Module, sites: Sequence[Site]) -> Site | None:
+    """The input of the last layer's down projection. From the last MLP on, each token goes its own way, and rows may be
+    left out: [B, 1, N] in place of [B, T, N] broadcasts over the residual stream.
+
+    None where every row has to go on: in an architecture that we do not know, where one of `sites` is not where our
+    table has it, and where a block flattens its rows.
+    """
+    model_type = _model_type(module)
+    if model_type not in RULES or model_type in _FLATTENING:
+        return None
+    known = find_sites(module, HOOK_POINTS)
+    if not set(sites) <= set(known):
+        return None
+    return [site for site in known if site.hook_point == "mlp_post"][-1]
+
+
 @contextmanager
 def attach(module: nn.Module, sites: Sequence[Site], fn: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
     """While the context is open, every forward pass calls fn(index in `sites`, x_BTN) at each site, in forward order.

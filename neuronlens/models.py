@@ -102,6 +102,12 @@ class LoadedModel:
         """The classifier's labels -> index of their logit."""
         return dict(cast(Any, self.module).config.label2id)
 
+    @property
+    def head_reads_first(self) -> bool:
+        """True for an encoder's classifier: its head reads the first column, which must not be a pad. A decoder's, of
+        whatever kind, reads each text's last token."""
+        return self.kind == "classifier" and not hasattr(self.module, "score")
+
     def hidden(self, batch: TokenBatch) -> Tensor:
         """The trunk's output after the final norm, [B, T, d_model], in the model's dtype; rows of pads mean nothing.
 
@@ -120,13 +126,12 @@ class LoadedModel:
         """A classifier's logits, [B, number of labels]."""
         if self.kind != "classifier":
             raise UsageError(f"{type(self.module).__name__} is no classifier: it has no class logits.")
-        if hasattr(self.module, "score"):
-            # A decoder with a head reads its last token; transformers looks for that by the pad's id, we have the mask.
+        if not self.head_reads_first:
+            # transformers looks for the last token by the pad's id, we have the mask.
             hidden_BTD = self.hidden(batch)
             rows_B = torch.arange(len(hidden_BTD), device=hidden_BTD.device)
             return self.module.get_submodule("score")(hidden_BTD[rows_B, batch.last_B])
-        # An encoder's head reads the first column, which must not be a pad.
-        return self.module(**self._inputs(_left_aligned(batch), self.module)).logits
+        return self.module(**self._inputs(batch.left_aligned(), self.module)).logits
 
     def _inputs(self, batch: TokenBatch, runs: nn.Module) -> dict[str, Any]:
         accepted = _arguments(type(runs).forward)
@@ -325,12 +330,6 @@ def _first_position(config: Any, *, causal: bool) -> int | None:
     if config.model_type in _POSITIONS_AFTER_PAD:
         return config.pad_token_id + 1
     return 0 if causal or config.model_type in _ENCODER_TYPES else None
-
-
-def _left_aligned(batch: TokenBatch) -> TokenBatch:
-    """The same texts with all their pads at the end."""
-    order_BT = (~batch.mask_BT).int().argsort(dim=1, stable=True)
-    return TokenBatch(ids_BT=batch.ids_BT.gather(1, order_BT), mask_BT=batch.mask_BT.gather(1, order_BT))
 
 
 def _window(module: nn.Module, tokenizer: Any) -> int:

@@ -104,6 +104,8 @@ class CollectSection(_Section):
     histograms: bool = True
     raw: Literal["auto", "all", "none"] | RawNeurons = "auto"
     raw_budget: Bytes = 2 * 10**9
+    predictions: Literal["auto", True, False] = "auto"
+    """Keep what the model answered to every text; `auto`: where it has answers and its pass reaches the end anyway."""
 
 
 class RangesSection(_Section):

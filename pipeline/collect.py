@@ -18,12 +18,13 @@ import torch
 
 from neuronlens.accumulate import Accumulator
 from neuronlens.batches import TokenBatch, pad
-from neuronlens.capture import Capture, correct_B
+from neuronlens.capture import Capture
 from neuronlens.errors import RunFailed
 from neuronlens.histograms import MAX_BIN
 from neuronlens.hookpoints import Site, find_sites
 from neuronlens.models import LoadedModel
 from neuronlens.moments import Moments
+from neuronlens.predictions import AnswerKey, Predictions
 from neuronlens.store import Store, StoredFile, files_of, new_attempt, receipt_of
 from pipeline.plan import Shard, package_versions
 
@@ -52,6 +53,15 @@ PARTIALS_SCHEMA = pa.schema(
 HISTOGRAMS_SCHEMA = pa.schema([*_KEYS, ("bin", pa.int16()), ("n", pa.int64())])
 RAW_SCHEMA = pa.schema([_KEYS[2], ("sample", pa.int64()), ("position", pa.int32()), _KEYS[3], ("value", pa.float32())])
 """Hook point and layer stand in the path: a column that never changes still costs 10 ns a value to encode."""
+
+PREDICTIONS_SCHEMA = pa.schema(
+    [
+        ("sample", pa.int64()),
+        ("predicted", pa.dictionary(pa.int32(), pa.string())),
+        ("correct", pa.bool_()),
+        ("confidence", pa.float32()),
+    ]
+)
 
 _FLOATS = ["mean", "m2", "m3", "m4", "min", "max", "mean_abs"]
 PARTIALS_OPTIONS: dict[str, Any] = {
@@ -94,7 +104,9 @@ class CollectSpec:
     raw_layers: tuple[int, ...]
     raw_neurons: tuple[int, ...] | None
     answers: dict[str, int] | None = None
-    """The right token or class of each concept, where only correctly answered texts count."""
+    """The right token or class of each concept, where the answers are recorded or only the correct ones count."""
+    predictions: bool = False
+    only_correct: bool = False
 
     @classmethod
     def of(cls, description: dict[str, Any], answers: dict[str, int] | None) -> "CollectSpec":
@@ -108,7 +120,9 @@ class CollectSpec:
             histograms=description["histograms"],
             raw_layers=() if raw["policy"] == "none" else raw_layers,
             raw_neurons=None if raw["neurons"] == "all" else tuple(raw["neurons"]),
-            answers=answers if description["only_correct"] else None,
+            answers=description.get("answers") or (answers if description["only_correct"] else None),
+            predictions=description.get("predictions", False),
+            only_correct=description["only_correct"],
         )
 
 
@@ -122,6 +136,10 @@ class Collected:
     n_kept: int = 0
     sample_ids: list[np.ndarray] = field(default_factory=list)
     """The sample numbers of each batch."""
+    n_correct: int | None = None
+    """None where nobody asked."""
+    predictions: pa.Table | None = None
+    """What the model answered to each sample, where that is recorded."""
     seconds: dict[str, float] = field(default_factory=dict)
     """What the time went into. `storage_wait` and `work_wait`: the model stood idle before this shard."""
 
@@ -161,6 +179,8 @@ def commit_shard(spec: CollectSpec, store: Store, collected: Collected) -> dict[
     if spec.histograms:
         files.append(write_histograms(store, shard, attempt, capture.sites, capture.accumulators))
     files += _write_raw(store, shard, attempt, capture, spec, collected.sample_ids)
+    if collected.predictions is not None:
+        files.append(write_predictions(store, shard, attempt, collected.predictions))
     seconds = collected.seconds | {"write": time.perf_counter() - started}
     receipt = receipt_of(
         files,
@@ -169,6 +189,7 @@ def commit_shard(spec: CollectSpec, store: Store, collected: Collected) -> dict[
         concept=shard.concept,
         n_samples=shard.n_samples,
         n_kept=collected.n_kept,
+        n_correct=collected.n_correct,
         n_tokens=shard.n_tokens,
         n_truncated=int(np.sum(collected.samples["truncated"].to_numpy())),
         n_nonfinite=int(sum(part.n_nonfinite_N.sum() for part in moments)),
@@ -213,13 +234,20 @@ def batches_of(samples: pa.Table, pad_id: int) -> Iterator[tuple[np.ndarray, Tok
 
 def _forward(loaded: LoadedModel, spec: CollectSpec, collected: Collected) -> None:
     sample_ids = collected.samples["sample"].to_numpy()
+    key = None if spec.answers is None else AnswerKey.of(spec.answers, collected.shard.concept)
+    answered = []
+    collected.n_kept = collected.shard.n_samples
     for rows, batch in batches_of(collected.samples, loaded.pad_id):
-        keep_B = None
-        if spec.answers is not None:
-            keep_B = correct_B(loaded, batch, spec.answers[collected.shard.concept])
-        collected.n_kept += len(rows) if keep_B is None else int(keep_B.sum())
         collected.sample_ids.append(sample_ids[rows])
-        collected.capture.add(batch, keep_B)
+        if key is None:
+            collected.capture.add(batch)
+        else:
+            answered.append(collected.capture.add_and_predict(batch, key, only_correct=spec.only_correct))
+    if key is not None:
+        predictions = Predictions.joined(answered).cpu()
+        collected.n_correct = int(predictions.correct_B.sum())
+        collected.n_kept = collected.n_correct if spec.only_correct else collected.n_kept
+        collected.predictions = _predictions_table(sample_ids, key, predictions) if spec.predictions else None
 
 
 def _raw_sites(spec: CollectSpec, sites: tuple[Site, ...]) -> dict[int, np.ndarray | None]:
@@ -273,6 +301,25 @@ def write_histograms(
 
     path = f"histograms/{shard.name}.{attempt}.parquet"
     return store.write_parquet("histograms", path, HISTOGRAMS_SCHEMA, tables, **HISTOGRAMS_OPTIONS)
+
+
+def _predictions_table(sample_S: np.ndarray, key: AnswerKey, predictions: Predictions) -> pa.Table:
+    """A row a sample; what is not finite is NULL."""
+    predicted_S, confidence_S = predictions.predicted_B.numpy(), predictions.confidence_B.numpy()
+    named = pa.array(predicted_S.astype(np.int32), mask=predicted_S < 0)
+    columns = {
+        "sample": pa.array(sample_S),
+        "predicted": pa.DictionaryArray.from_arrays(named, pa.array(key.concepts)),
+        "correct": pa.array(predictions.correct_B.numpy()),
+        "confidence": pa.array(confidence_S, mask=np.isnan(confidence_S)),
+    }
+    return pa.Table.from_pydict(columns, schema=PREDICTIONS_SCHEMA)
+
+
+def write_predictions(store: Store, shard: Shard, attempt: str, predictions: pa.Table) -> StoredFile:
+    """What the model answered to each sample of one shard."""
+    path = f"predictions/{shard.name}.{attempt}.parquet"
+    return store.write_parquet("predictions", path, PREDICTIONS_SCHEMA, lambda: iter([predictions]), compression="zstd")
 
 
 def _write_raw(

@@ -23,7 +23,7 @@ from pipeline.coverage import coverage_of
 from pipeline.emit import emit_table
 from pipeline.erasure import evaluate_table
 from pipeline.lease import Lease
-from pipeline.plan import SHARDS_IN_HAND, Plan, Shard, check_room, freeze, make_plan
+from pipeline.plan import SHARDS_IN_HAND, Plan, Shard, check_room, freeze, make_plan, without_predictions
 from pipeline.pool import Failure, Pool
 from pipeline.progress import QUARANTINE, CollectProgress
 from pipeline.statistics import compute_statistics, layers_of
@@ -115,7 +115,7 @@ class Driver:
         content. Raises UsageError for whatever is wrong with the recipe or the data. Writes nothing."""
         with self.summary.timed("plan"), self.reporter.stage("plan", 1, "plan") as advance:
             plan = make_plan(self.recipe, device_type=_device_type(self.recipe))
-            store = Store(store_root or f"{DEFAULT_FOLDER}/{name}-{plan.store_hash[:12]}")
+            plan, store = _begun(plan, name, store_root, self.reporter)
             if not store.exists("store.json"):
                 check_room(plan, store)
             advance(1)
@@ -345,6 +345,22 @@ def _import_libraries() -> None:
     """Ray needs seconds to start its processes, in which this one waits: time enough to import what the plan needs."""
     import datasets  # noqa: F401
     import transformers.modeling_utils  # noqa: F401
+
+
+def _begun(plan: Plan, name: str, store_root: str | None, reporter: Reporter) -> tuple[Plan, Store]:
+    """The store for a plan, and the plan as that store began it: one from before there were predictions goes on so."""
+
+    def store_of(some: Plan) -> Store:
+        return Store(store_root or f"{DEFAULT_FOLDER}/{name}-{some.store_hash[:12]}")
+
+    store, older = store_of(plan), without_predictions(plan)
+    if older is None or (store_root is None and store.exists("store.json")):
+        return plan, store
+    old_store = store_of(older)
+    if not old_store.exists("store.json") or "predictions" in old_store.describe():
+        return plan, store
+    reporter.say(f"{old_store.root} is from before predictions were recorded; it goes on without them.")
+    return older, old_store
 
 
 def _device_type(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ import pyarrow as pa
 from neuronlens.batches import batches_by_length
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.histograms import N_BINS
-from neuronlens.hookpoints import Site, config_of, find_sites
+from neuronlens.hookpoints import RULES, Site, config_of, find_sites
 from neuronlens.identity import model_identity, tokenizer_hash
 from neuronlens.models import LoadedModel, load_model
 from neuronlens.prompts import answer_token_ids, encode_prompts
@@ -50,6 +50,8 @@ HISTOGRAM_ROW_BYTES = 1.2
 HISTOGRAM_BINS_USED = 90
 RAW_VALUE_BYTES = {4: 3.6, 2: 1.6}
 STATISTICS_ROW_BYTES = 150
+PREDICTION_ROW_BYTES = 8
+PREDICTIONS_FILE_BYTES = 2_000
 
 PLAN_SCHEMA = pa.schema(
     [
@@ -131,7 +133,7 @@ class Plan:
     members: tuple[tuple[tuple[Sample, ...], tuple[int, ...]], ...]
     estimate: Estimate
     answers: dict[str, int] | None
-    """The token or class that is right for each concept, where the recipe says."""
+    """The token or class that is right for each concept, where the recipe or a classifier's labels say."""
 
     @property
     def store_hash(self) -> str:
@@ -164,7 +166,8 @@ def make_plan(recipe: Recipe, *, device_type: str = "cpu") -> Plan:
     )
     concepts = Counter(text.concept for text in labelled)
     _check_concepts(concepts, recipe.data.source)
-    answers = None if recipe.data.answers is None else check_answers(skeleton, recipe, concepts)
+    answers = _answers(recipe, skeleton, concepts)
+    predictions = _predictions(recipe, skeleton, sites, answers, only_correct)
     samples = [
         Sample(sample=number, labelled=text, token_ids=encoded.token_ids, truncated=encoded.truncated)
         for number, (text, encoded) in enumerate(
@@ -182,8 +185,10 @@ def make_plan(recipe: Recipe, *, device_type: str = "cpu") -> Plan:
         tokens_per_batch = TOKENS_PER_BATCH.get(device_type, TOKENS_PER_BATCH["cuda"])
     raw_sites = _wanted_raw(recipe, sites)
     shards, members = _lay_out(samples, tokens_per_batch, _raw_row_bytes(raw_sites, skeleton), recipe.collect.unit)
-    estimate = _estimate(recipe, skeleton, sites, raw_sites, shards)
-    description = _describe(recipe, skeleton, sites, samples, concepts, only_correct, estimate.raw_kept)
+    estimate = _estimate(recipe, skeleton, sites, raw_sites, shards, predictions)
+    description = _describe(
+        recipe, skeleton, sites, samples, concepts, only_correct, estimate.raw_kept, answers if predictions else None
+    )
     return Plan(description=description, shards=shards, members=members, estimate=estimate, answers=answers)
 
 
@@ -200,6 +205,15 @@ def freeze(plan: Plan, store: Store) -> tuple[Shard, ...]:
         raise UsageError(_difference(store.root, kept, plan.description))
     check_frozen(store)
     return load_shards(store)
+
+
+def without_predictions(plan: Plan) -> Plan | None:
+    """The plan as it was before stores had predictions; None where it is the same, or the recipe insists on them."""
+    asked = plan.description["recipe"]["collect"]["predictions"]
+    if not plan.description["predictions"] or asked != "auto":
+        return None
+    description = {key: value for key, value in plan.description.items() if key != "answers"} | {"predictions": False}
+    return replace(plan, description=description | {"store_hash": store_hash_of(description)})
 
 
 def write_plan(
@@ -280,6 +294,49 @@ def _only_correct(recipe: Recipe, skeleton: LoadedModel) -> bool:
     if recipe.preset == "paper" and "only_correct" not in recipe.data.model_fields_set:
         return bool(recipe.data.answers) and config_of(skeleton.module).model_type != "gpt2"
     return recipe.data.only_correct
+
+
+def _answers(recipe: Recipe, skeleton: LoadedModel, concepts: Counter[str]) -> dict[str, int] | None:
+    """As the recipe says; without, a classifier whose labels are the concepts answers by them."""
+    if recipe.data.answers is not None:
+        return check_answers(skeleton, recipe, concepts)
+    if skeleton.kind == "classifier" and set(concepts) <= set(skeleton.label_ids):
+        return skeleton.label_ids
+    return None
+
+
+def _predictions(
+    recipe: Recipe,
+    skeleton: LoadedModel,
+    sites: tuple[Site, ...],
+    answers: dict[str, int] | None,
+    only_correct: bool,
+) -> bool:
+    """Whether collectors record what the model answers. Raises UsageError where they must and cannot."""
+    asked, name = recipe.collect.predictions, type(skeleton.module).__name__
+    if asked is True and skeleton.kind == "encoder":
+        raise UsageError(
+            f"collect.predictions is true, but {name} has neither next-token nor class logits: it answers nothing. "
+            "Take a decoder or a sequence classifier, or set collect.predictions to auto."
+        )
+    if asked is True and answers is None:
+        known = f" Its classes are {', '.join(skeleton.label_ids)}." if skeleton.kind == "classifier" else ""
+        raise UsageError(
+            f"collect.predictions is true, but nothing says which answer is right for a concept.{known} Add "
+            "data.answers, or set collect.predictions to auto."
+        )
+    if asked != "auto":
+        return asked
+    # Of a decoder that we do not know, only its weights can tell whether we read its logits right: that has to be asked
+    # for.
+    is_known = skeleton.kind == "classifier" or config_of(skeleton.module).model_type in RULES
+    can_answer = skeleton.kind != "encoder" and is_known and answers is not None
+    return can_answer and (only_correct or _reaches_the_end(recipe, skeleton, sites))
+
+
+def _reaches_the_end(recipe: Recipe, skeleton: LoadedModel, sites: tuple[Site, ...]) -> bool:
+    hook_points = sorted({site.hook_point for site in sites})
+    return not set(find_sites(skeleton.module, hook_points, [-1], recipe.model.modules or None)).isdisjoint(sites)
 
 
 def _check_concepts(concepts: Counter[str], source: str) -> None:
@@ -368,7 +425,12 @@ def _raw_row_bytes(raw_sites: dict[int, int], skeleton: LoadedModel) -> int:
 
 
 def _estimate(
-    recipe: Recipe, skeleton: LoadedModel, sites: tuple[Site, ...], raw_sites: dict[int, int], shards: tuple[Shard, ...]
+    recipe: Recipe,
+    skeleton: LoadedModel,
+    sites: tuple[Site, ...],
+    raw_sites: dict[int, int],
+    shards: tuple[Shard, ...],
+    predictions: bool,
 ) -> Estimate:
     n_neurons, n_shards = sum(site.width for site in sites), len(shards)
     n_tokens, n_samples = sum(shard.n_tokens for shard in shards), sum(shard.n_samples for shard in shards)
@@ -382,6 +444,7 @@ def _estimate(
         "samples": int(n_tokens * 2.5 + n_samples * 100),
         "partials": n_neurons * n_shards * PARTIAL_ROW_BYTES,
         "histograms": int(n_neurons * bins * HISTOGRAM_ROW_BYTES),
+        "predictions": n_samples * PREDICTION_ROW_BYTES + n_shards * PREDICTIONS_FILE_BYTES if predictions else 0,
         "raw": raw_bytes if raw_kept else 0,
         "statistics": n_neurons * n_concepts * (STATISTICS_ROW_BYTES + 20 * max(0, n_concepts - 1)),
     }
@@ -412,6 +475,7 @@ def _describe(
     concepts: Counter[str],
     only_correct: bool,
     raw_kept: bool,
+    predicted: dict[str, int] | None,
 ) -> dict[str, Any]:
     identity = model_identity(recipe.model.id, recipe.model.revision)
     raw = recipe.collect.raw
@@ -441,7 +505,10 @@ def _describe(
         "histograms": recipe.collect.histograms,
         "raw": {"policy": "kept" if raw_kept else "none", **chosen},
         "only_correct": only_correct,
+        "predictions": predicted is not None,
     }
+    if predicted is not None:
+        decides["answers"] = predicted
     return {
         **decides,
         "store_hash": store_hash_of(decides),
@@ -455,12 +522,15 @@ def store_hash_of(description: Mapping[str, Any]) -> str:
     """The hash of the keys of store.json that decide what is in the store. Where a file lies does not: the same model
     and data elsewhere make the same store."""
     decides = {key: value for key, value in description.items() if key not in _DECIDES_NOTHING}
+    if not decides.get("predictions"):
+        decides.pop("predictions", None)  # stores from before there were any have no such key
     decides["model"] = {key: value for key, value in decides["model"].items() if key not in ("id", "revision")}
     decides["dataset"] = {key: value for key, value in decides["dataset"].items() if key not in ("source", "split")}
     return content_hash(decides)
 
 
 def _difference(root: str, kept: dict[str, Any], wanted: dict[str, Any]) -> str:
+    kept = {"predictions": False} | kept
     keys = [key for key in wanted | kept if key not in _DECIDES_NOTHING and kept.get(key) != wanted.get(key)]
     shown = "; ".join(
         f"{key}: {_short(kept.get(key))} in the store, {_short(wanted.get(key))} asked for" for key in keys[:3]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from neuronlens.batches import pad
-from neuronlens.capture import Capture, correct_B
+from neuronlens.capture import Capture
 from neuronlens.errors import UsageError
 from neuronlens.hookpoints import find_sites
 from neuronlens.models import LoadedModel
@@ -130,12 +130,3 @@ def test_capture__counts_a_text_only_where_it_is_kept():
     capture.add(pad(TEXTS[:3], pad_id=0), torch.tensor([True, False, True]))
     capture.add(pad(TEXTS[:3], pad_id=0), torch.tensor([False, False, False]))
     assert capture.accumulators[0].moments().n_N[0] == 3 + 6
-
-
-def test_correct_B__is_what_the_whole_model_would_say():
-    model = tiny_model("gpt2")
-    loaded = LoadedModel.of(model, tiny_tokenizer())
-    with torch.inference_mode():
-        best = [int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()) for ids in TEXTS]
-    got = correct_B(loaded, pad(TEXTS, pad_id=0, side="left"), best[0])
-    assert got.tolist() == [token == best[0] for token in best]

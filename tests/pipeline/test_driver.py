@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from neuronlens.errors import UsageError
 from neuronlens.moments import Moments
@@ -42,6 +43,8 @@ def test_run__leaves_everything_that_it_promises(finished):
     assert Store(str(root)).faults() == []
     shards = table_of(root, "shards", "shard")
     assert shards.num_rows > 6
+    assert len(Store(str(root)).file_lists()["predictions"]) == shards.num_rows
+    assert table_of(root, "samples", "all")["correct"].null_count == 0
 
 
 def test_run__moments_are_those_of_the_raw_values(finished):
@@ -159,6 +162,13 @@ def test_run__evaluates_a_classifier_by_its_head(place, tmp_path, architecture):
         data={"prompt": "{text}", "answers": None},
         collect={"unit": "mean"},
     )
+    labels = {"joy": 0, "anger": 1, "fear": 2}
+    assert Store(summary.store).describe()["answers"] == labels
+    answered = table_of(summary.store, "samples", "sample").select(["token_ids", "concept", "predicted", "correct"])
+    model = tiny_model(architecture, head="classifier")
+    for row in answered.to_pylist():
+        best = int(model(input_ids=torch.tensor([row["token_ids"]])).logits[0].argmax())
+        assert (labels[row["predicted"]], row["correct"]) == (best, best == labels[row["concept"]])
     base = [row for row in summary.erasure if row["condition"] == "base"]
     assert sum(row["n_target"] for row in base) == 30
     assert all(row["perplexity"] is None and row["target_accuracy"] is not None for row in base)

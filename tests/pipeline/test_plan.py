@@ -2,18 +2,21 @@
 starts."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from neuronlens.errors import UsageError
 from neuronlens.recipe import parse_recipe
-from neuronlens.store import Store
+from neuronlens.store import Store, content_hash
 from pipeline.collect import batches_of, read_samples
-from pipeline.plan import check_room, freeze, make_plan
+from pipeline.plan import check_room, freeze, make_plan, store_hash_of, without_predictions
 from tests.tiny_models import SENTENCES, save_tiny, tiny_tokenizer
 
 WORDS = " ".join(SENTENCES).split()
+ANSWERS = {"joy": "<joy>", "anger": "<anger>", "fear": "<fear>"}
+OLD_STORE = Path(__file__).parents[1] / "stores" / "version-1"
 
 
 def write(path, rows):
@@ -144,3 +147,106 @@ def test_plan__preset_paper_keeps_correct_answers_only_unless_the_model_is_gpt2(
     assert make_plan(paper).description["only_correct"] is False
     llama = paper.model_copy(update={"model": paper.model.model_copy(update={"id": str(tmp_path / "llama")})})
     assert make_plan(llama).description["only_correct"] is True
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"data": {"answers": ANSWERS}}, True),
+        ({}, False),
+        ({"data": {"answers": ANSWERS}, "collect": {"layers": [-1]}}, True),
+        ({"data": {"answers": ANSWERS}, "collect": {"layers": [0]}}, False),
+        ({"data": {"answers": ANSWERS, "only_correct": True}, "collect": {"layers": [0]}}, True),
+        ({"data": {"answers": ANSWERS}, "collect": {"layers": [0], "predictions": True}}, True),
+        ({"data": {"answers": ANSWERS}, "collect": {"predictions": False}}, False),
+        ({"data": {"answers": ANSWERS}, "collect": {"hook_points": ["blocks.0.hook_resid_post"]}}, False),
+        ({"data": {"answers": ANSWERS}, "collect": {"hook_points": ["mlp_post", "blocks.1.hook_attn_out"]}}, True),
+    ],
+)
+def test_plan__records_predictions_where_the_pass_reaches_the_end_anyway(place, sections, expected):
+    description = make_plan(recipe(place, **sections)).description
+    assert description["predictions"] is expected
+    ids = {concept: tiny_tokenizer().convert_tokens_to_ids(answer) for concept, answer in ANSWERS.items()}
+    assert description.get("answers") == (ids if expected else None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head", "data", "expected"),
+    [
+        ("bert", "classifier", {}, True),
+        ("bert", "classifier", {"answers": {"joy": "anger", "anger": "anger", "fear": "fear"}}, True),
+        ("llama", "classifier", {}, True),
+        ("bert", "none", {"answers": ANSWERS}, False),
+        ("gpt2", "none", {"answers": ANSWERS}, False),
+        ("granite", "lm", {"answers": ANSWERS}, False),
+    ],
+)
+def test_plan__records_predictions_of_models_that_can_answer(place, tmp_path, architecture, head, data, expected):
+    """Of a decoder that is not in our table, only the weights say whether its logits are read right."""
+    save_tiny(tmp_path / "model", architecture, head=head)
+    modules = {"mlp_post": "layers.{layer}.mlp.down_proj"} if architecture == "granite" else {}
+    asked = recipe(place, model={"id": str(tmp_path / "model"), "modules": modules}, data=data)
+    assert make_plan(asked).description["predictions"] is expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head", "data", "expected"),
+    [
+        ("gpt2", "lm", {}, "nothing says which answer is right for a concept. Add data.answers"),
+        ("bert", "none", {"answers": ANSWERS}, "BertModel has neither next-token nor class logits"),
+        ("bert", "classifier", {"concept": "other"}, "Its classes are anger, fear, joy. Add data.answers"),
+    ],
+)
+def test_plan__refuses_predictions_of_a_model_that_cannot_answer(place, tmp_path, architecture, head, data, expected):
+    save_tiny(tmp_path / "model", architecture, head=head)
+    write(tmp_path / "d.jsonl", [{"text": "a b", "label": "joy", "other": "pride"}] * 3)
+    sections = {"model": {"id": str(tmp_path / "model")}, "data": {"source": str(tmp_path / "d.jsonl"), **data}}
+    if "answers" in data:
+        sections["data"]["answers"] = {"joy": "<joy>"}
+    with pytest.raises(UsageError, match=expected):
+        make_plan(recipe(place, collect={"predictions": True}, **sections))
+    assert make_plan(recipe(place, **sections)).description["predictions"] is False
+
+
+def test_plan__has_another_hash_where_the_predictions_would_differ(place):
+    swapped = {"joy": "<anger>", "anger": "<joy>", "fear": "<fear>"}
+    plans = [
+        make_plan(recipe(place, data={"answers": answers}, collect={"predictions": predictions}))
+        for answers in (ANSWERS, swapped)
+        for predictions in ("auto", False)
+    ]
+    recorded, plain, other, other_plain = [plan.store_hash for plan in plans]
+    assert len({recorded, plain, other}) == 3
+    assert plain == other_plain, "what is right is asked of the predictions only"
+
+
+def test_store_hash__of_a_store_from_before_predictions_stays(place):
+    """By hand, and as the oldest version wrote it: without predictions the key counts for nothing."""
+    old = json.loads((OLD_STORE / "store.json").read_text())
+    assert "predictions" not in old
+    assert store_hash_of(old) == store_hash_of(old | {"predictions": False}) == old["store_hash"]
+    plan = make_plan(recipe(place, data={"answers": ANSWERS}))
+    decides = {
+        key: plan.description[key]
+        for key in plan.description.keys() & old.keys()
+        if key not in ("store_hash", "recipe", "versions", "created_at", "files")
+    }
+    assert set(decides) == old.keys() - {"store_hash", "recipe", "versions", "created_at", "files"}
+    decides["model"] = {key: value for key, value in decides["model"].items() if key not in ("id", "revision")}
+    decides["dataset"] = {key: value for key, value in decides["dataset"].items() if key not in ("source", "split")}
+    assert without_predictions(plan).store_hash == content_hash(decides) != plan.store_hash
+
+
+def test_freeze__says_that_a_store_has_no_predictions(place, tmp_path):
+    store = Store(str(tmp_path))
+    freeze(make_plan(recipe(place, data={"answers": ANSWERS}, collect={"predictions": False})), store)
+    with pytest.raises(
+        UsageError, match=r"\(predictions: False in the store, True asked for; answers: None in the store"
+    ):
+        freeze(make_plan(recipe(place, data={"answers": ANSWERS})), store)
+
+
+def test_plan__counts_predictions_into_the_disk(place):
+    with_answers = make_plan(recipe(place, data={"answers": ANSWERS})).estimate.disk_bytes["predictions"]
+    assert 120 * 5 < with_answers < 120 * 100
+    assert make_plan(recipe(place)).estimate.disk_bytes["predictions"] == 0
