@@ -13,10 +13,13 @@ from neuronlens.cli import ask
 from neuronlens.cli import tables
 
 # isort: split
+from neuronlens.cli import diff
+
+# isort: split
 from neuronlens.cli.app import app
 from neuronlens.console import command_line
 
-__all__ = ["app", "ask", "main", "runs", "tables"]
+__all__ = ["app", "ask", "diff", "main", "runs", "tables"]
 
 
 def main() -> None:
