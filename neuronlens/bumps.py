@@ -22,6 +22,14 @@ import pyarrow.parquet as pq
 from neuronlens.errors import RunFailed
 from neuronlens.histograms import bin_edges
 
+KEYS = (
+    ("layer", pa.int16()),
+    ("hook_point", pa.dictionary(pa.int8(), pa.string())),
+    ("neuron", pa.int32()),
+    ("concept", pa.dictionary(pa.int32(), pa.string())),
+)
+COUNTS_SCHEMA = pa.schema([*KEYS, ("bin", pa.int16()), ("n", pa.int64())])
+"""Of a merged histogram file, whose rows are sorted by neuron, concept and bin."""
 COUNT_COLUMNS = ["neuron", "concept", "bin", "n"]
 
 jit = numba.njit(nogil=True, cache=True, error_model="numpy")

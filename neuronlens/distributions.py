@@ -5,20 +5,12 @@ Gaussian of the same mean and std. Compiled by numba; table `distributions` of d
 import numpy as np
 import pyarrow as pa
 
-from neuronlens.bumps import Bumps, clipped, dictionary_column, in_threads, jit, normal_cdf, outer_edges
+from neuronlens.bumps import KEYS, Bumps, clipped, dictionary_column, in_threads, jit, normal_cdf, outer_edges
 from neuronlens.histograms import MAX_BIN
 
 QUANTILES = {"p01": 0.01, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
 COLUMNS = ("ks", "ks_bound", *QUANTILES)
-DISTRIBUTIONS_SCHEMA = pa.schema(
-    [
-        ("layer", pa.int16()),
-        ("hook_point", pa.dictionary(pa.int8(), pa.string())),
-        ("neuron", pa.int32()),
-        ("concept", pa.dictionary(pa.int32(), pa.string())),
-        *((name, pa.float32()) for name in COLUMNS),
-    ]
-)
+DISTRIBUTIONS_SCHEMA = pa.schema([*KEYS, *((name, pa.float32()) for name in COLUMNS)])
 
 
 def distributions_of(bumps: Bumps, *, n_threads: int = 1) -> pa.Table:

@@ -12,17 +12,15 @@ import numba
 import numpy as np
 import pyarrow as pa
 
-from neuronlens.bumps import Bumps, clipped, dictionary_column, in_threads, jit, normal_cdf, outer_edges
+from neuronlens.bumps import KEYS, Bumps, clipped, dictionary_column, in_threads, jit, normal_cdf, outer_edges
 from neuronlens.histograms import MANTISSA_BITS, MAX_BIN, MIN_EXPONENT, N_BINS
 
 SCORES = ("ovl", "ovl_gaussian", "bhattacharyya", "range_jaccard", "b_in_a", "a_in_b")
 PAIRS_SCHEMA = pa.schema(
     [
-        ("layer", pa.int16()),
-        ("hook_point", pa.dictionary(pa.int8(), pa.string())),
-        ("neuron", pa.int32()),
-        ("concept_a", pa.dictionary(pa.int32(), pa.string())),
-        ("concept_b", pa.dictionary(pa.int32(), pa.string())),
+        *KEYS[:3],
+        ("concept_a", KEYS[3][1]),
+        ("concept_b", KEYS[3][1]),
         ("tau", pa.float32()),
         *((name, pa.float32()) for name in SCORES),
     ]
@@ -64,6 +62,55 @@ def pairs_of(bumps: Bumps, *, tau: float, n_threads: int = 1) -> pa.Table:
         *(pa.array(score_P, from_pandas=True) for score_P in score_SP),
     ]
     return pa.Table.from_arrays([pa.array(column) for column in columns], schema=PAIRS_SCHEMA)
+
+
+def kept_of(pairs: pa.Table, *, top: int | None = None, threshold: float | None = None) -> pa.Table:
+    """Of every neuron, the rows of `pairs_of` that sql/kept_pairs.sql keeps, in their order; None is no limit."""
+    score_P = _shared_P(pairs)
+    keep_P = np.ones(len(score_P), bool)
+    if threshold is not None:
+        keep_P &= score_P >= np.float32(threshold)
+    if top is not None:
+        first_N = np.append(_first_of_neuron(pairs), len(score_P))
+        _drop_all_but_top(first_N, np.where(np.isnan(score_P), -1, score_P), top, keep_P)
+    return pairs.filter(pa.array(keep_P))
+
+
+def concept_overlap_of(pairs: pa.Table) -> pa.Table:
+    """How far a neuron's values under one concept are shared with the others, by the rows of `pairs_of`: layer,
+    hook_point, neuron, concept, n_pairs, mean_ovl, as the view `concept_overlap` has them."""
+    concepts = pairs["concept_a"].combine_chunks().dictionary
+    first_N, n_concepts = _first_of_neuron(pairs), len(concepts)
+    row_P = np.repeat(np.arange(len(first_N)), np.diff(first_N, append=pairs.num_rows))
+    slot_Q = np.concatenate([row_P * n_concepts + _codes(pairs[name]) for name in ("concept_a", "concept_b")])
+    score_Q = np.tile(_shared_P(pairs).astype(float), 2)
+    is_known_Q, n_slots = ~np.isnan(score_Q), len(first_N) * n_concepts
+    n_pairs = np.bincount(slot_Q, minlength=n_slots)
+    total = np.bincount(slot_Q[is_known_Q], score_Q[is_known_Q], minlength=n_slots)
+    n_known = np.bincount(slot_Q[is_known_Q], minlength=n_slots)
+    [slot_R] = np.nonzero(n_pairs)
+    with np.errstate(invalid="ignore"):
+        mean_ovl_R = total[slot_R] / n_known[slot_R]
+    rows = pairs.take(first_N[slot_R // max(1, n_concepts)]).select(["layer", "hook_point", "neuron"])
+    rows = rows.append_column("concept", dictionary_column((slot_R % max(1, n_concepts)).astype(np.int32), concepts))
+    rows = rows.append_column("n_pairs", pa.array(n_pairs[slot_R]))
+    return rows.append_column("mean_ovl", pa.array(mean_ovl_R, from_pandas=True))
+
+
+def _shared_P(pairs: pa.Table) -> np.ndarray:
+    """ovl, or ovl_gaussian where there is none; float32, NaN without either."""
+    ovl_P, gaussian_P = (pairs[name].to_numpy() for name in ("ovl", "ovl_gaussian"))
+    return np.where(np.isnan(ovl_P), gaussian_P, ovl_P)
+
+
+def _first_of_neuron(pairs: pa.Table) -> np.ndarray:
+    """The row at which each neuron's pairs begin."""
+    neuron_P = pairs["neuron"].to_numpy()
+    return np.flatnonzero(np.diff(neuron_P, prepend=neuron_P[:1] - 1))
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    return column.combine_chunks().indices.to_numpy()
 
 
 def _pairs(is_known_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -241,3 +288,23 @@ def range_jaccard(lower_a, upper_a, lower_b, upper_b):  # type: ignore[no-untype
         return 1.0
     length = min(upper_a, upper_b) - max(lower_a, lower_b)
     return length / (max(upper_a, upper_b) - min(lower_a, lower_b)) if length > 0 else 0.0
+
+
+@jit
+def _drop_all_but_top(first_N, score_P, top, keep_P):  # type: ignore[no-untyped-def]
+    """Of the rows first_N[i] to first_N[i + 1], unmark all but the `top` with the largest score; among equals the first
+    ones stay."""
+    for i in range(first_N.shape[0] - 1):
+        first, end = first_N[i], first_N[i + 1]
+        if end - first <= top:
+            continue
+        least = np.partition(score_P[first:end], end - first - top)[end - first - top]
+        n_equal = top
+        for p in range(first, end):
+            if score_P[p] > least:
+                n_equal -= 1
+        for p in range(first, end):
+            if score_P[p] == least and n_equal > 0:
+                n_equal -= 1
+            elif score_P[p] <= least:
+                keep_P[p] = False

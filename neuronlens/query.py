@@ -115,9 +115,10 @@ def attach_rows(con: duckdb.DuckDBPyConnection, view: str, rows: pa.Table) -> No
     con.from_arrow(rows).create_view(view, replace=True)
 
 
-def rows_of(con: duckdb.DuckDBPyConnection, view: str) -> pa.Table:
-    """All rows of a view, in no order."""
-    return con.view(view).to_arrow_table()
+def rows_of(con: duckdb.DuckDBPyConnection, view: str, *columns: str) -> pa.Table:
+    """All rows of a view, or of some of its columns, in no order."""
+    rows = con.view(view)
+    return (rows.select(*map(duckdb.ColumnExpression, columns)) if columns else rows).to_arrow_table()
 
 
 def run_file(con: duckdb.DuckDBPyConnection, name: str, **params: Any) -> pa.Table:

@@ -15,7 +15,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from neuronlens.errors import UsageError
 
-SALIENCE_METHODS = ("mean_abs", "cohens_d", "selectivity")
+SQL_SALIENCE_METHODS = (
+    "mean_abs",
+    "mean",
+    "probeless",
+    "cohens_d",
+    "selectivity",
+    "f_ratio",
+    "mutual_information",
+)
+"""What sql/salience.sql answers, for every run."""
+SALIENCE_METHODS = (*SQL_SALIENCE_METHODS, "probe")
+"""`probe` needs raw values, and is fitted when a range table asks for it."""
 UNITS = ("last_token", "token", "mean", "cls")
 
 _BYTE_UNITS = {
@@ -111,7 +122,7 @@ class CollectSection(_Section):
 class RangesSection(_Section):
     tau: float = Field(default=2.5, gt=0)
     top_fraction: float = Field(default=0.3, gt=0, le=1)
-    salience: Literal["mean_abs", "cohens_d", "selectivity"] = "mean_abs"
+    salience: Literal[SALIENCE_METHODS] = "mean_abs"  # type: ignore[valid-type]
 
 
 class OverlapSection(_Section):

@@ -305,12 +305,18 @@ class Store:
         return [file for receipt in receipts for file in files_of(receipt)]
 
     def file_lists(self) -> dict[str, list[str]]:
-        """Full paths by kind, for queries: data files from receipts only, never from a glob."""
+        """Full paths by kind, for queries: data files from receipts only, never from a glob.
+
+        `histograms` are the merged files where the statistics of every layer have one, else those of the shards, which
+        `shard_histograms` always are.
+        """
         lists: dict[str, list[str]] = {}
         for file in self.committed_files():
             lists.setdefault(file.kind, []).append(self.path(file.path))
+        merged, lists["shard_histograms"] = lists.pop("merged_histograms", []), lists.pop("histograms", [])
+        is_merged = merged and len(merged) == len(self.names("statistics"))
+        lists["histograms"] = merged if is_merged else lists["shard_histograms"]
         lists["commits"] = [self.path(f"commits/{name}") for name in sorted(self.names("commits"))]
-        lists["evaluations"] = [self.path(f"evaluations/{name}") for name in sorted(self.names("evaluations"))]
         lists["evaluations"] = [self.path(f"evaluations/{name}") for name in sorted(self.names("evaluations"))]
         lists["ranges"] = [self.path(f"ranges/{name}/ranges.parquet") for name in self.table_ids()]
         return lists

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from neuronlens.store import Store
 
-_DATA_FOLDERS = ("samples", "partials", "histograms", "predictions", "raw", "moments", "overlap", "salience")
+_DATA_FOLDERS = (
+    *("samples", "partials", "histograms", "predictions", "raw"),
+    *("moments", "merged_histograms", "distributions", "overlap", "salience"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

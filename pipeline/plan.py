@@ -48,6 +48,8 @@ _DECIDES_NOTHING = ("store_hash", "recipe", "versions", "created_at", "files")
 PARTIAL_ROW_BYTES = 48
 HISTOGRAM_ROW_BYTES = 1.2
 HISTOGRAM_BINS_USED = 90
+MERGED_ROW_BYTES = 1.5
+MERGED_BINS_USED = 140
 RAW_VALUE_BYTES = {4: 3.6, 2: 1.6}
 STATISTICS_ROW_BYTES = 150
 PREDICTION_ROW_BYTES = 8
@@ -186,6 +188,7 @@ def make_plan(recipe: Recipe, *, device_type: str = "cpu") -> Plan:
     raw_sites = _wanted_raw(recipe, sites)
     shards, members = _lay_out(samples, tokens_per_batch, _raw_row_bytes(raw_sites, skeleton), recipe.collect.unit)
     estimate = _estimate(recipe, skeleton, sites, raw_sites, shards, predictions)
+    _check_probe(recipe, estimate)
     description = _describe(
         recipe, skeleton, sites, samples, concepts, only_correct, estimate.raw_kept, answers if predictions else None
     )
@@ -420,6 +423,18 @@ def _wanted_raw(recipe: Recipe, sites: tuple[Site, ...]) -> dict[int, int]:
     return {index: sites[index].width if raw.neurons == "all" else len(raw.neurons) for index in chosen}
 
 
+def _check_probe(recipe: Recipe, estimate: Estimate) -> None:
+    """A linear probe learns from the raw values of every neuron: better to hear of it before the run than after."""
+    raw = recipe.collect.raw
+    is_part = isinstance(raw, RawNeurons) and (raw.layers != "all" or raw.neurons != "all")
+    if recipe.ranges.salience == "probe" and (is_part or not estimate.raw_kept):
+        raise UsageError(
+            "ranges.salience is probe, which learns from the raw values of every neuron, and this run would not keep "
+            f"them all ({'collect.raw names some' if is_part else estimate.raw_note}). Raise collect.raw_budget, set "
+            "collect.raw to all, or take another method of salience."
+        )
+
+
 def _raw_row_bytes(raw_sites: dict[int, int], skeleton: LoadedModel) -> int:
     return sum(raw_sites.values()) * skeleton.dtype.itemsize
 
@@ -439,6 +454,10 @@ def _estimate(
     raw_bytes = int(sum(rows.values()) * sum(raw_sites.values()) * RAW_VALUE_BYTES.get(itemsize, 3.6))
     raw_kept, raw_note = _raw_decision(recipe, raw_bytes)
     n_concepts = len({shard.concept for shard in shards})
+    concept_rows: Counter[str] = Counter()
+    for shard in shards:
+        concept_rows[shard.concept] += rows[shard.shard]
+    merged_bins = sum(min(n, MERGED_BINS_USED) for n in concept_rows.values()) if recipe.collect.histograms else 0
     bins = sum(min(n, HISTOGRAM_BINS_USED) for n in rows.values()) if recipe.collect.histograms else 0
     disk = {
         "samples": int(n_tokens * 2.5 + n_samples * 100),
@@ -446,6 +465,7 @@ def _estimate(
         "histograms": int(n_neurons * bins * HISTOGRAM_ROW_BYTES),
         "predictions": n_samples * PREDICTION_ROW_BYTES + n_shards * PREDICTIONS_FILE_BYTES if predictions else 0,
         "raw": raw_bytes if raw_kept else 0,
+        "merged_histograms": int(n_neurons * merged_bins * MERGED_ROW_BYTES),
         "statistics": n_neurons * n_concepts * (STATISTICS_ROW_BYTES + 20 * max(0, n_concepts - 1)),
     }
     memory = {

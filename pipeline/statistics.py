@@ -1,5 +1,6 @@
-"""The statistics stage: DuckDB merges the partials of one layer into moments, overlap and salience. One Ray task a
-layer, which takes its threads from Ray and its memory and scratch space from the node that runs it.
+"""The statistics stage: what the shards hold of one layer becomes moments, merged histograms, distributions, overlap
+and salience. One Ray task a layer, which takes its threads from Ray and its memory and scratch space from the node that
+runs it. DuckDB merges and ranks; the pairs of concepts, of which there are most, are scored by compiled code.
 
     NEURONLENS_SCRATCH=/fast/disk neuronlens run recipe.yaml     # where queries spill; by default the system's TMPDIR
 """
@@ -21,11 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from neuronlens.bumps import Bumps, open_counts, read_counts
+from neuronlens.distributions import COLUMNS, DISTRIBUTIONS_SCHEMA, distributions_of
 from neuronlens.errors import NeuronLensError, RunFailed
-from neuronlens.query import attach, attach_rows, connect, rows_of, run_file, run_to_parquet
-from neuronlens.recipe import OverlapSection
+from neuronlens.overlap import PAIRS_SCHEMA, SCORES, concept_overlap_of, kept_of, pairs_of
+from neuronlens.query import attach, attach_rows, connect, rows_of, run_to_parquet
+from neuronlens.recipe import SQL_SALIENCE_METHODS, OverlapSection
 from neuronlens.store import Store, StoredFile, content_hash, files_of, new_attempt, receipt_of
 from pipeline.coverage import coverage_of
+from pipeline.histograms import ROW_GROUP_ROWS, write_merged
 
 MEMORY_SHARE = 0.6
 """Of a node's memory, what all the SQL tasks on it may use together before they spill."""
@@ -37,19 +42,11 @@ AUTO_PAIRS = 435
 take (30 rows of 46 bytes in each of 8 or more shards), so that overlap never becomes the largest part of a store."""
 BLOCK_CONCEPTS = 16_384
 BLOCK_PAIRS = 400_000
-"""A block has at most so many neurons times concepts, and neurons times pairs: with 14 and with 100 concepts 0.3 and
-0.4 GB in use, as fast as a block of any other size (docs/benchmarks.md)."""
+"""The pairs of so many neurons are scored at once that neurons times concepts, and neurons times pairs, stay below
+these: a million rows of histograms, and twenty megabytes of pairs."""
 SCRATCH_VARIABLE = "NEURONLENS_SCRATCH"
 
-_ROW_GROUP_ROWS = 131_072
-_KEY_COLUMNS = ["layer", "hook_point", "concept_a", "concept_b", "tau"]
-_SCORE_COLUMNS = ["ovl", "ovl_gaussian", "bhattacharyya", "range_jaccard", "b_in_a", "a_in_b"]
-_OVERLAP_OPTIONS: dict[str, Any] = {
-    "compression": "zstd",
-    "compression_level": 3,
-    "use_dictionary": _KEY_COLUMNS,
-    "column_encoding": {"neuron": "DELTA_BINARY_PACKED"} | dict.fromkeys(_SCORE_COLUMNS, "BYTE_STREAM_SPLIT"),
-}
+_MOMENT_COLUMNS = ("neuron", "concept", "mean", "std", "min", "max")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,13 +255,13 @@ def compute_layer(
     coverage: Mapping[str, int],
     resources: Resources,
 ) -> dict[str, Any]:
-    """Merge one layer of the shards in `commits` (their receipts) and commit its three files.
+    """Merge one layer of the shards in `commits` (their receipts) and commit its files.
 
     Returns the receipt that counts; does nothing where it is there, with its files whole. `coverage` is stamped into
     the receipt and the files. Raises RunFailed where memory or scratch space does not suffice.
     """
     inputs = inputs_hash(commits)
-    kept = _kept_receipt(store, layer, inputs, settings)
+    kept = _kept_receipt(store, layer, commits, settings)
     if kept is not None:
         return kept
     started = time.perf_counter()
@@ -283,6 +280,7 @@ def compute_layer(
         inputs=inputs,
         tau=settings.tau,
         overlap=settings.overlap,
+        salience=salience_methods(commits),
         coverage=dict(coverage),
         **found,
     )
@@ -296,18 +294,42 @@ def _receipt_path(layer: Layer) -> str:
     return f"statistics/{layer.name}.json"
 
 
-def _kept_receipt(store: Store, layer: Layer, inputs: str, settings: Settings) -> dict[str, Any] | None:
+def _kept_receipt(
+    store: Store, layer: Layer, commits: Sequence[dict[str, Any]], settings: Settings
+) -> dict[str, Any] | None:
     """The receipt of the layer if it still counts. One that does not is removed, with its files."""
     path = _receipt_path(layer)
     if not store.exists(path):
         return None
     kept = store.read_json(path)
     files = files_of(kept)
-    if kept["inputs"] == inputs and settings.matches(kept) and not any(map(store.fault_of, files)):
+    is_whole = {file.kind for file in files} == set(_kinds(commits)) and not any(map(store.fault_of, files))
+    is_asked = kept["inputs"] == inputs_hash(commits) and settings.matches(kept)
+    if is_asked and is_whole and kept.get("salience") == salience_methods(commits):
         return kept
     store.remove(path)
     _remove(store, [file.path for file in files])
     return None
+
+
+def salience_methods(commits: Sequence[dict[str, Any]]) -> list[str]:
+    """The methods that sql/salience.sql has rows for, given these shards."""
+    left_out = set()
+    if not _has_histograms(commits):
+        left_out.add("mutual_information")
+    if len({receipt["concept"] for receipt in commits}) < 2:
+        left_out.add("selectivity")
+    return [name for name in SQL_SALIENCE_METHODS if name not in left_out]
+
+
+def _kinds(commits: Sequence[dict[str, Any]]) -> list[str]:
+    """The kinds of file that a layer of these shards has."""
+    merged = ["merged_histograms"] if _has_histograms(commits) else []
+    return ["moments", *merged, "distributions", "overlap", "salience"]
+
+
+def _has_histograms(commits: Sequence[dict[str, Any]]) -> bool:
+    return any(file.kind == "histograms" for receipt in commits for file in files_of(receipt))
 
 
 def _remove(store: Store, paths: Sequence[str]) -> None:
@@ -327,9 +349,9 @@ class _Work:
     resources: Resources
 
     def write(self) -> tuple[list[StoredFile], dict[str, Any]]:
-        """The three files, and what the receipt says about their making."""
+        """The files, and what the receipt says about their making."""
         attempt = new_attempt()
-        paths = {kind: f"{kind}/{self.layer.name}.{attempt}.parquet" for kind in ("moments", "overlap", "salience")}
+        paths = {kind: f"{kind}/{self.layer.name}.{attempt}.parquet" for kind in _kinds(self.commits)}
         try:
             with self._errors_in_words(), self._scratch() as scratch:
                 return self._write(paths, scratch)
@@ -340,19 +362,25 @@ class _Work:
 
     def _write(self, paths: Mapping[str, str], scratch: str) -> tuple[list[StoredFile], dict[str, Any]]:
         seconds: dict[str, float] = {}
+        merged = str(Path(scratch) / "merged.parquet") if "merged_histograms" in paths else None
         with self._connect(scratch) as con:
             with _timed(seconds, "moments"):
                 attach(con, "partials", self._files("partials"), fs=self.store.fs)
-                moments = self._query(con, "moments", "merge", paths["moments"])
-                attach(con, "moments", [self.store.path(moments.path)], fs=self.store.fs)
+                files = [self._query(con, "moments", "merge", paths["moments"])]
+                attach(con, "moments", [self.store.path(files[0].path)], fs=self.store.fs)
             with _timed(seconds, "histograms"):
-                self._merge_histograms(con, scratch)
+                if merged is not None:
+                    files.append(self._merge_histograms(con, scratch, merged, paths["merged_histograms"]))
+                    attach(con, "histograms", [merged])
+            bumps = Bumps.of(rows_of(con, "moments", *_MOMENT_COLUMNS), **self._site())
+            with _timed(seconds, "distributions"):
+                files.append(self._write_distributions(bumps, merged, paths["distributions"]))
             with _timed(seconds, "overlap"):
-                overlap, n_pairs = self._write_overlap(con, paths["overlap"])
+                overlap, n_pairs, means = self._write_overlap(bumps, merged, paths["overlap"])
+                attach_rows(con, "concept_overlap", means)
             with _timed(seconds, "salience"):
-                salience = self._query(con, "salience", "salience", paths["salience"])
-        found = {"n_pairs": n_pairs, "n_pairs_kept": overlap.n_rows, "seconds": seconds}
-        return [moments, overlap, salience], found
+                files += [overlap, self._query(con, "salience", "salience", paths["salience"])]
+        return files, {"n_pairs": n_pairs, "n_pairs_kept": overlap.n_rows, "seconds": seconds}
 
     def _connect(self, scratch: str) -> duckdb.DuckDBPyConnection:
         return connect(
@@ -391,53 +419,56 @@ class _Work:
         self.store.write_through(relative, write)
         return self.store.adopt(kind, relative)
 
-    def _merge_histograms(self, con: duckdb.DuckDBPyConnection, scratch: str) -> None:
-        """Leave `histograms` reading one file a concept, summed over its shards and sorted by neuron.
-
-        The overlap reads them block by block: the files of the shards, one row group a layer, would be read whole each
-        time.
-        """
-        merged = []
+    def _merge_histograms(self, con: duckdb.DuckDBPyConnection, scratch: str, merged: str, relative: str) -> StoredFile:
+        """Leave the counts of all shards in the file `merged`, in the order of neurons, and a copy in the store."""
+        summed = {}
         for number, concept in enumerate(self._concepts()):
-            files = self._files("histograms", concept)
-            if files:
-                attach(con, "histograms", files, fs=self.store.fs)
-                merged.append(str(Path(scratch) / f"histograms-{number}.parquet"))
-                run_to_parquet(con, "merged_histograms", merged[-1], concept=concept, **self._site())
-        attach(con, "histograms", merged)
+            attach(con, "histograms", self._files("histograms", concept), fs=self.store.fs)
+            summed[concept] = str(Path(scratch) / f"concept-{number}.parquet")
+            run_to_parquet(con, "merged_histograms", summed[concept], concept=concept, **self._site())
+        write_merged(summed, merged, width=self.layer.width, metadata=self._metadata(), **self._site())
+        for part in summed.values():
+            Path(part).unlink()
+        self.store.write_through(relative, lambda path: shutil.copyfile(merged, path))
+        return self.store.adopt("merged_histograms", relative)
 
-    def _write_overlap(self, con: duckdb.DuckDBPyConnection, relative: str) -> tuple[StoredFile, int]:
-        """Write the pairs that are kept; leave `concept_overlap` with the means over all pairs. Returns how many pairs
-        there were."""
-        means: list[pa.Table] = []
-        n_pairs = 0
+    def _write_distributions(self, bumps: Bumps, merged: str | None, relative: str) -> StoredFile:
+        def write(path: str) -> None:
+            with _RowsFile(path, DISTRIBUTIONS_SCHEMA, COLUMNS, self._metadata()) as file:
+                for block in self._blocks(bumps, merged):
+                    file.add(distributions_of(block, n_threads=self.resources.n_threads))
+
+        self.store.write_through(relative, write)
+        return self.store.adopt("distributions", relative)
+
+    def _write_overlap(self, bumps: Bumps, merged: str | None, relative: str) -> tuple[StoredFile, int, pa.Table]:
+        """Write the pairs that are kept. Returns also how many pairs there were, and `concept_overlap` over all of
+        them."""
+        limits = {name: self.settings.overlap.get(name) for name in ("top", "threshold")}
+        n_pairs, means = 0, list[pa.Table]()
 
         def write(path: str) -> None:
             nonlocal n_pairs
             n_pairs = 0
             means.clear()
-            with _OverlapFile(path, self._metadata()) as file:
-                for block in self._blocks():
-                    pairs = run_file(con, "overlap", tau=self.settings.tau, **block, **self._site())
+            with _RowsFile(path, PAIRS_SCHEMA, SCORES, self._metadata()) as file:
+                for block in self._blocks(bumps, merged):
+                    pairs = pairs_of(block, tau=self.settings.tau, n_threads=self.resources.n_threads)
                     n_pairs += pairs.num_rows
-                    attach_rows(con, "overlap_files", pairs)
-                    means.append(rows_of(con, "concept_overlap"))
-                    file.add(self._kept(con, pairs))
+                    means.append(concept_overlap_of(pairs))
+                    file.add(kept_of(pairs, **limits))
 
         self.store.write_through(relative, write)
-        attach_rows(con, "concept_overlap", pa.concat_tables(means))
-        return self.store.adopt("overlap", relative), n_pairs
+        return self.store.adopt("overlap", relative), n_pairs, pa.concat_tables(means)
 
-    def _kept(self, con: duckdb.DuckDBPyConnection, pairs: pa.Table) -> pa.Table:
-        kept = self.settings.overlap
-        if kept["keep"] == "all":
-            return pairs
-        return run_file(con, "kept_pairs", top=kept.get("top"), threshold=kept.get("threshold"), **self._site())
-
-    def _blocks(self) -> Iterator[dict[str, int]]:
-        step = neurons_a_block(len(self._concepts()))
-        for first in range(0, self.layer.width, step):
-            yield {"first_neuron": first, "last_neuron": min(first + step, self.layer.width) - 1}
+    def _blocks(self, bumps: Bumps, merged: str | None) -> Iterator[Bumps]:
+        """All neurons, so many at a time that memory holds them, with their histograms."""
+        counts, n_threads = merged and open_counts(merged), self.resources.n_threads
+        for block in bumps.blocks(neurons_a_block(len(bumps.concepts))):
+            if counts:
+                rows = read_counts(counts, block.first, block.last, n_threads=n_threads)
+                block = block.with_counts(rows, n_threads=n_threads)
+            yield block
 
     def _concepts(self) -> list[str]:
         return sorted({receipt["concept"] for receipt in self.commits})
@@ -478,36 +509,38 @@ class _Work:
         )
 
 
-class _OverlapFile:
-    """A Parquet file of overlap rows, in row groups of a fair size whatever the blocks that arrive."""
+class _RowsFile:
+    """A Parquet file of rows in the order of neurons, in row groups of a fair size whatever the blocks that arrive."""
 
-    def __init__(self, path: str, metadata: Mapping[str, str]) -> None:
-        self._path, self._metadata = path, dict(metadata)
-        self._writer: pq.ParquetWriter | None = None
+    def __init__(self, path: str, schema: pa.Schema, floats: Sequence[str], metadata: Mapping[str, str]) -> None:
+        encodings = {"neuron": "DELTA_BINARY_PACKED"} | dict.fromkeys(floats, "BYTE_STREAM_SPLIT")
+        self._writer = pq.ParquetWriter(
+            path,
+            schema.with_metadata(dict(metadata)),
+            compression="zstd",
+            compression_level=3,
+            use_dictionary=[name for name in schema.names if name not in encodings],
+            column_encoding=encodings,
+        )
         self._waiting: list[pa.Table] = []
 
-    def __enter__(self) -> "_OverlapFile":
+    def __enter__(self) -> "_RowsFile":
         return self
 
     def add(self, rows: pa.Table) -> None:
-        if self._writer is None:
-            schema = rows.schema.with_metadata(self._metadata)
-            self._writer = pq.ParquetWriter(self._path, schema, **_OVERLAP_OPTIONS)
         self._waiting.append(rows)
-        if sum(table.num_rows for table in self._waiting) >= _ROW_GROUP_ROWS:
+        if sum(table.num_rows for table in self._waiting) >= ROW_GROUP_ROWS:
             self._flush()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._writer is not None:
-            if kind is None:
-                self._flush()
-            self._writer.close()
+        if kind is None:
+            self._flush()
+        self._writer.close()
 
     def _flush(self) -> None:
-        assert self._writer is not None
         if self._waiting:
             rows = pa.concat_tables(self._waiting)
-            self._writer.write_table(rows.cast(self._writer.schema), row_group_size=_ROW_GROUP_ROWS)
+            self._writer.write_table(rows.cast(self._writer.schema), row_group_size=ROW_GROUP_ROWS)
         self._waiting = []
 
 

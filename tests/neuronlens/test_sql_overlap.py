@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import integrate, special, stats
 
 from neuronlens.bumps import Bumps
-from neuronlens.overlap import pairs_of
+from neuronlens.overlap import concept_overlap_of, kept_of, pairs_of
 from neuronlens.query import attach_rows, connect, run_file
 from tests.synthetic_store import Shard, bin_span, bins_of, moments_of, write, write_moments, write_store
 
@@ -87,7 +87,7 @@ def _share_inside(x_S: np.ndarray, lower: float, upper: float) -> float:
     """The share of a histogram inside [lower, upper], bin by bin, straight-line within a bin."""
     counts, inside = bins_of(x_S), 0.0
     for b, n in counts.items():
-        low, high = max(bin_span(b)[0], x_S.min()), min(bin_span(b)[1], x_S.max())
+        low, high = max(bin_span(b)[0], float(x_S.min())), min(bin_span(b)[1], float(x_S.max()))
         if high > low:
             inside += n * max(0.0, min(high, upper) - max(low, lower)) / (high - low)
         else:
@@ -235,8 +235,23 @@ def test_overlap__of_a_block_of_neurons_is_that_part_of_the_layer(overlap, tmp_p
     assert len(part) == 9
 
 
+def kept_by_sql(pairs: pa.Table, top: int | None, threshold: float | None) -> pa.Table:
+    with connect(threads=1) as con:
+        attach_rows(con, "overlap", pairs)
+        return run_file(con, "kept_pairs", hook_point="mlp_post", layer=0, top=top, threshold=threshold)
+
+
+def kept_by_kernel(pairs: pa.Table, top: int | None, threshold: float | None) -> pa.Table:
+    return kept_of(pairs, top=top, threshold=threshold)
+
+
+@pytest.fixture(params=[kept_by_sql, kept_by_kernel], ids=["sql", "kernel"])
+def kept(request) -> Callable[..., pa.Table]:
+    return request.param
+
+
 @pytest.mark.parametrize(("top", "threshold"), [(2, None), (None, 0.6), (1, 0.6), (None, None), (100, 0.0)])
-def test_kept_pairs__are_the_first_of_all_pairs_put_in_order(top, threshold, tmp_path):
+def test_kept_pairs__are_the_first_of_all_pairs_put_in_order(top, threshold, kept):
     """Neuron 0 has no histograms, neuron 1 two equal pairs and one without any score."""
     scores = {
         0: {("a", "b"): (None, 0.5), ("a", "c"): (None, 0.7), ("b", "c"): (None, 0.6)},
@@ -252,9 +267,7 @@ def test_kept_pairs__are_the_first_of_all_pairs_put_in_order(top, threshold, tmp
     floats = [(name, pa.float32()) for name in ("tau", *SCORES)]
     keys = [("layer", pa.int16()), ("hook_point", pa.string()), ("neuron", pa.int32())]
     schema = pa.schema([*keys, ("concept_a", pa.string()), ("concept_b", pa.string()), *floats])
-    path = write(tmp_path / "overlap.parquet", [pa.Table.from_pylist(rows, schema)])
-    with connect({"overlap": [path]}, threads=1) as con:
-        got = run_file(con, "kept_pairs", hook_point="mlp_post", layer=0, top=top, threshold=threshold).to_pylist()
+    got = kept(pa.Table.from_pylist(rows, schema), top, threshold).to_pylist()
     expected = []
     for neuron, pairs in scores.items():
         score = {pair: ovl if ovl is not None else gaussian for pair, (ovl, gaussian) in pairs.items()}
@@ -423,6 +436,33 @@ def test_pairs_of__equals_dense_histograms_whatever_the_values(values, tau):
         # Near 1, the root makes 3e-4 of what rounding to FLOAT takes from the coefficient.
         assert 1 - np.sqrt(1 - row["bhattacharyya"] ** 2) <= row["ovl_gaussian"] + 1e-3
         assert row["ovl_gaussian"] <= row["bhattacharyya"] + 1e-5
+
+
+@pytest.mark.parametrize("with_histograms", [True, False])
+def test_concept_overlap_of__is_the_mean_over_the_pairs_of_a_concept(with_histograms, tmp_path):
+    """As the view has it, and as numpy has it; concept d has no values."""
+    rng = np.random.default_rng(6)
+    files = _files_of_values({c: [rng.normal(k, 1, (40, 5))] for k, c in enumerate("abc")}, tmp_path)
+    if not with_histograms:
+        del files["histograms"]
+    with connect(files, threads=1) as con:
+        moments = con.sql("select neuron, concept, n, mean, std, min, max from moments").to_arrow_table().to_pylist()
+    moments += [{"neuron": neuron, "concept": "d", "n": 0} for neuron in range(5)]
+    moments = [row for row in moments if (row["neuron"], row["concept"]) != (3, "a")]
+    pairs = overlap_by_kernel(files | {"moments": [write_moments(tmp_path / "more.parquet", moments)]})
+    key = ("layer", "hook_point", "neuron", "concept")
+    got = {tuple(row[name] for name in key): row for row in concept_overlap_of(pairs).to_pylist()}
+    assert len(got) == 5 * 4 - 1
+    for (_, _, neuron, concept), row in got.items():
+        mine = [r for r in pairs.to_pylist() if r["neuron"] == neuron and concept in (r["concept_a"], r["concept_b"])]
+        scores = [r["ovl"] if r["ovl"] is not None else r["ovl_gaussian"] for r in mine]
+        known = [score for score in scores if score is not None]
+        assert row["n_pairs"] == len(mine) == (2 if neuron == 3 else 3)
+        assert row["mean_ovl"] == (pytest.approx(np.mean(known)) if known else None)
+    with connect(threads=1) as con:
+        attach_rows(con, "overlap", pairs)
+        view = con.sql("from concept_overlap").to_arrow_table().to_pylist()
+    assert {tuple(row[name] for name in key): row for row in view} == {k: pytest.approx(row) for k, row in got.items()}
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,22 @@ def test_store__counts_only_files_that_a_receipt_names(tmp_path):
     assert Path(store.path(orphan.path)).exists()
 
 
+@pytest.mark.parametrize("n_merged", [0, 1, 2])
+def test_file_lists__have_merged_histograms_where_every_layer_has_them(n_merged, tmp_path):
+    store = Store(str(tmp_path))
+    shards = [write(store, "histograms") for _ in range(2)]
+    for number, file in enumerate(shards):
+        commit(store, file, shard=number)
+    layers = [[write(store, "merged_histograms") if n < n_merged else write(store, "moments")] for n in range(2)]
+    for number, files in enumerate(layers):
+        store.create_json(f"statistics/mlp_post.{number:03d}.json", receipt_of(files, layer=number))
+    lists = store.file_lists()
+    assert lists["shard_histograms"] == [store.path(file.path) for file in shards]
+    merged = [store.path(file.path) for files in layers for file in files]
+    assert lists["histograms"] == (merged if n_merged == 2 else lists["shard_histograms"])
+    assert "merged_histograms" not in lists
+
+
 def test_store__describes_what_it_wrote(tmp_path):
     store = Store(str(tmp_path))
     file = write(store)

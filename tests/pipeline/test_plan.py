@@ -106,6 +106,14 @@ def test_plan__drops_raw_values_that_pass_the_budget(place):
     assert make_plan(recipe(place, collect={"raw_budget": "1KB", "raw": "all"})).estimate.raw_kept
 
 
+@pytest.mark.parametrize("histograms", [True, False])
+def test_plan__counts_the_histograms_of_all_shards_once_more(histograms, place, small_shards):
+    """40 texts of each of three concepts, far fewer than there are bins: 40 bins a neuron at most."""
+    plan = make_plan(recipe(place, collect={"histograms": histograms}))
+    width = sum(plan.description["widths"].values()) * len(plan.description["layers"])
+    assert plan.estimate.disk_bytes["merged_histograms"] == (width * 3 * 40 * 1.5 if histograms else 0)
+
+
 def test_check_room__refuses_what_the_disk_cannot_hold(place, tmp_path, monkeypatch):
     plan = make_plan(recipe(place))
     check_room(plan, Store(str(tmp_path / "not" / "yet")))
@@ -250,3 +258,10 @@ def test_plan__counts_predictions_into_the_disk(place):
     with_answers = make_plan(recipe(place, data={"answers": ANSWERS})).estimate.disk_bytes["predictions"]
     assert 120 * 5 < with_answers < 120 * 100
     assert make_plan(recipe(place)).estimate.disk_bytes["predictions"] == 0
+
+
+@pytest.mark.parametrize("raw", ["none", {"layers": [0]}, {"neurons": [1, 2]}])
+def test_plan__a_probe_needs_all_raw_values_before_the_run(place, raw):
+    with pytest.raises(UsageError, match=r"salience is probe.*collect\.raw"):
+        make_plan(recipe(place, ranges={"salience": "probe"}, collect={"raw": raw}))
+    make_plan(recipe(place, ranges={"salience": "probe"}, collect={"raw": "all"}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy import stats
 
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.query import connect
@@ -19,12 +21,15 @@ from neuronlens.recipe import OverlapSection, parse_recipe
 from neuronlens.store import Store
 from pipeline import statistics
 from pipeline.coverage import coverage_of
+from pipeline.driver import Silent
+from pipeline.emit import emit_table
 from pipeline.statistics import (
     Layer,
     Resources,
     Settings,
     compute_layer,
     compute_statistics,
+    compute_statistics_here,
     kept_pairs,
     layers_of,
     memory_share,
@@ -32,6 +37,8 @@ from pipeline.statistics import (
 )
 from tests.synthetic_store import Shard, bins_of, moments_of, write_store
 
+KINDS = ("moments", "merged_histograms", "distributions", "overlap", "salience")
+METHODS = ["mean_abs", "mean", "probeless", "cohens_d", "selectivity", "f_ratio", "mutual_information"]
 WIDTH, N_LAYERS = 11, 3
 CONCEPTS = ("anger", "fear", "joy", "love")
 GB = 10**9
@@ -119,11 +126,70 @@ def test_compute_layer__gives_the_same_rows_in_blocks_of_any_size(histograms, tm
         root = tmp_path / str(n_neurons)
         write_store(root, _shards(), raw=False, histograms=histograms)
         receipt = _compute(Store(str(root)))
-        tables.append([_table(Store(str(root)), receipt, kind) for kind in ("moments", "overlap", "salience")])
-    assert tables[0][1].num_rows == WIDTH * 6
-    assert (tables[0][1]["ovl"].null_count == 0) == histograms
+        kinds = [kind for kind in KINDS if histograms or kind != "merged_histograms"]
+        tables.append({kind: _table(Store(str(root)), receipt, kind) for kind in kinds})
+    assert tables[0]["overlap"].num_rows == WIDTH * 6
+    assert (tables[0]["overlap"]["ovl"].null_count == 0) == histograms
     for other in tables[1:]:
-        assert [table.equals(first) for table, first in zip(other, tables[0], strict=True)] == [True] * 3
+        assert {kind: table.equals(tables[0][kind]) for kind, table in other.items()} == dict.fromkeys(other, True)
+
+
+@pytest.mark.parametrize(("block_concepts", "row_group_rows"), [(16_384, 131_072), (4, 50), (12, 100)])
+def test_compute_layer__keeps_the_histograms_of_all_shards_in_the_order_of_neurons(
+    block_concepts, row_group_rows, store, monkeypatch
+):
+    monkeypatch.setattr("pipeline.histograms.BLOCK_CONCEPTS", block_concepts)
+    monkeypatch.setattr("pipeline.histograms.ROW_GROUP_ROWS", row_group_rows)
+    receipt = _compute(store)
+    rows = _table(store, receipt, "merged_histograms")
+    x = {c: np.concatenate([s.x_LSN[1] for s in _shards() if s.concept == c]) for c in CONCEPTS}
+    expected = [
+        (1, "mlp_post", neuron, concept, b, n)
+        for neuron in range(WIDTH)
+        for concept in CONCEPTS
+        for b, n in sorted(bins_of(x[concept][:, neuron]).items())
+    ]
+    assert [tuple(row.values()) for row in rows.to_pylist()] == expected
+    [path] = [file["path"] for file in receipt["files"] if file["kind"] == "merged_histograms"]
+    metadata = pq.read_metadata(store.path(path))
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    assert max(sizes) <= 1.5 * row_group_rows
+    assert len(sizes) > 1 or row_group_rows > len(expected)
+
+
+def test_compute_layer__describes_the_distribution_of_all_shards(store):
+    rows = _table(store, _compute(store), "distributions").to_pylist()
+    assert [(row["neuron"], row["concept"]) for row in rows] == [(n, c) for n in range(WIDTH) for c in CONCEPTS]
+    for row in rows:
+        x = np.concatenate([s.x_LSN[1][:, row["neuron"]] for s in _shards() if s.concept == row["concept"]]).astype(
+            float
+        )
+        assert (
+            row["ks"] - 1e-6 <= stats.kstest(x, stats.norm(x.mean(), x.std()).cdf).statistic <= row["ks_bound"] + 1e-6
+        )
+        below, above = np.quantile(x, 0.5, method="lower"), np.quantile(x, 0.5, method="higher")
+        assert below - abs(below) / 8 <= row["p50"] <= above + abs(above) / 8
+
+
+def test_compute_layer__without_histograms_says_what_there_is(tmp_path):
+    write_store(tmp_path, _shards(), raw=False, histograms=False)
+    store = Store(str(tmp_path))
+    receipt = _compute(store, scratch=str(tmp_path / "scratch"))
+    assert [file["kind"] for file in receipt["files"]] == [kind for kind in KINDS if kind != "merged_histograms"]
+    assert receipt["salience"] == METHODS[:-1]
+    distributions = _table(store, receipt, "distributions")
+    assert (distributions.num_rows, distributions["ks"].null_count, distributions["p50"].null_count) == (44, 44, 44)
+    assert _compute(store, scratch=str(tmp_path / "scratch")) == receipt
+
+
+@pytest.mark.parametrize("n_concepts", [1, 2])
+def test_compute_layer__lists_the_methods_that_its_salience_holds(n_concepts, tmp_path):
+    write_store(tmp_path, [s for s in _shards() if s.concept in CONCEPTS[:n_concepts]], raw=False)
+    store = Store(str(tmp_path))
+    receipt = _compute(store, scratch=str(tmp_path / "scratch"))
+    held = set(_table(store, receipt, "salience")["method"].to_pylist())
+    assert receipt["salience"] == [method for method in METHODS if method in held]
+    assert ("selectivity" in held) == (n_concepts > 1)
 
 
 @pytest.mark.parametrize("overlap", [{"keep": "top", "top": 2}, {"keep": "threshold", "threshold": 0.4}])
@@ -153,7 +219,7 @@ def test_compute_layer__does_the_same_on_storage_that_is_not_local(store):
     fs.put(f"{store.root}/", f"{remote.root}/", recursive=True)
     receipt, local = _compute(remote, scratch=f"{store.root}-scratch"), _compute(store)
     assert receipt["files"][1]["path"] in {name.partition("statistics-test/")[2] for name in fs.find(remote.root)}
-    for kind in ("moments", "overlap", "salience"):
+    for kind in KINDS:
         [path] = [file["path"] for file in receipt["files"] if file["kind"] == kind]
         assert pq.read_table(fs.open(remote.path(path))).equals(_table(store, local, kind)), kind
 
@@ -196,28 +262,82 @@ def test_compute_layer__works_again_only_where_something_changed(store):
         first = again
 
 
-def test_compute_layer__leaves_no_scratch_and_no_half_files(store, monkeypatch):
+@pytest.mark.parametrize(
+    "lacks", [{"salience": ["mean_abs", "cohens_d", "selectivity"]}, {"salience": None}, "distributions"]
+)
+def test_compute_layer__works_again_where_a_receipt_is_of_an_older_make(lacks, store):
+    first = _compute(store)
+    older = {key: value for key, value in first.items() if key != "salience"}
+    if isinstance(lacks, dict):
+        older |= {key: value for key, value in lacks.items() if value}
+    else:
+        older |= {"salience": METHODS, "files": [file for file in first["files"] if file["kind"] != lacks]}
+    store.replace_json("statistics/mlp_post.001.json", older)
+    again = _compute(store)
+    assert {f["path"] for f in again["files"]}.isdisjoint(f["path"] for f in first["files"])
+    assert again["salience"] == METHODS
+
+
+def test_compute_statistics_here__upgrades_a_store_of_past_days(tmp_path):
+    """Nothing but statistics changes: same receipts of shards, same range table for the same question."""
+    store = Store(str(shutil.copytree(Path(__file__).parents[1] / "stores" / "version-1", tmp_path / "store")))
+    lists, [table] = store.file_lists(), store.table_ids()
+    assert lists["histograms"] == lists["shard_histograms"]
+    done: list[dict] = []
+    compute_statistics_here(store, tau=2.5, memory_limit=None, on_done=done.append)
+    assert len(done) == 4
+    assert store.faults() == []
+    upgraded = store.file_lists()
+    assert {kind: upgraded[kind] for kind in ("shard_histograms", "partials", "samples", "raw")} == {
+        kind: lists[kind] for kind in ("shard_histograms", "partials", "samples", "raw")
+    }
+    assert len(upgraded["histograms"]) == len(upgraded["distributions"]) == 4
+    assert set(upgraded["histograms"]).isdisjoint(upgraded["shard_histograms"])
+    assert emit_table(store, tau=2.5, top_fraction=0.3, salience="mean_abs", reporter=Silent()).id == table
+    assert emit_table(store, tau=2.5, top_fraction=0.3, salience="f_ratio", reporter=Silent()).id != table
+
+
+@pytest.mark.slow
+def test_jobs_statistics__upgrades_a_store_of_past_days(tmp_path):
+    folder = shutil.copytree(Path(__file__).parents[1] / "stores" / "version-1", tmp_path / "store")
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.statistics", str(folder)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd=Path(__file__).parents[2],
+        )
+        assert done.returncode == 0, done.stderr
+        store = Store(str(folder))
+        assert {tuple(receipt["salience"]) for receipt in store.receipts("statistics")} == {tuple(METHODS)}
+        assert len(store.file_lists()["distributions"]) == 4
+        assert store.faults() == []
+
+
+@pytest.mark.parametrize("step", ["write_merged", "distributions_of", "pairs_of"])
+def test_compute_layer__leaves_no_scratch_and_no_half_files(step, store, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise duckdb.IOException("the wire was cut")
 
-    monkeypatch.setattr(statistics, "run_file", broken)
+    monkeypatch.setattr(statistics, step, broken)
     with pytest.raises(duckdb.IOException, match="the wire was cut"):
         _compute(store)
-    assert store.names("moments") == store.names("overlap") == store.names("statistics") == []
+    assert [store.names(folder) for folder in (*KINDS, "statistics")] == [[]] * 6
     assert list(Path(f"{store.root}-scratch").iterdir()) == []
 
 
 @pytest.mark.parametrize(("n_errors", "succeeds"), [(1, True), (2, False)])
 def test_compute_layer__tries_once_more_after_an_internal_error(n_errors, succeeds, store, monkeypatch):
     """DuckDB 2.0.0 has one that comes and goes; an error that stays must not make a loop."""
-    run_file, errors = statistics.run_file, [duckdb.InternalException("Attempted to access index 3")] * n_errors
+    run, errors = statistics.run_to_parquet, [duckdb.InternalException("Attempted to access index 3")] * n_errors
 
     def sometimes(*args, **kwargs):
         if errors:
             raise errors.pop()
-        return run_file(*args, **kwargs)
+        return run(*args, **kwargs)
 
-    monkeypatch.setattr(statistics, "run_file", sometimes)
+    monkeypatch.setattr(statistics, "run_to_parquet", sometimes)
     if not succeeds:
         with pytest.raises(duckdb.InternalException, match="index 3"):
             _compute(store)
@@ -238,7 +358,7 @@ def test_compute_layer__says_what_to_do_where_the_scratch_folder_is_full(store, 
             "This limit was set by the 'max_temp_directory_size' setting."
         )
 
-    monkeypatch.setattr(statistics, "run_file", full)
+    monkeypatch.setattr(statistics, "run_to_parquet", full)
     with pytest.raises(RunFailed, match=r"-scratch has [\d,]+ bytes free, too few .* set NEURONLENS_SCRATCH"):
         _compute(store)
 
@@ -445,7 +565,12 @@ def test_layers_of__are_every_hook_point_of_every_layer_with_its_width():
 def test_views__read_what_the_stage_wrote(store):
     _compute(store, layer=0, keep="top", top=2)
     with connect(store.file_lists()) as con:
-        counts = [
-            con.execute(f"select count(*) from {view}").fetchone()[0] for view in ("moments", "overlap", "salience")
-        ]
-    assert counts == [WIDTH * 4, WIDTH * 2, WIDTH * 4 * 3]
+        views = ("moments", "overlap", "salience")
+        counts = [con.sql(f"select count(*) from {view}").fetchall()[0][0] for view in views]
+        [(n_merged, n_in_shards)] = con.sql(
+            "select (select sum(n) from histograms), (select sum(n) from shard_histograms where layer = 0)"
+        ).fetchall()
+        described = con.sql("select count(*) from distributions where ks <= ks_bound and p01 <= p99").fetchall()
+    assert n_merged == n_in_shards == WIDTH * 320
+    assert described == [(WIDTH * 4,)]
+    assert counts == [WIDTH * 4, WIDTH * 2, WIDTH * 4 * 7]
