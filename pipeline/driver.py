@@ -185,7 +185,13 @@ class Driver:
         """The range table that the recipe asks for."""
         asked = self.recipe.ranges
         with self.summary.timed("ranges"):
-            table = emit_table(store, tau=asked.tau, top_fraction=asked.top_fraction, salience=asked.salience)
+            table = emit_table(
+                store,
+                tau=asked.tau,
+                top_fraction=asked.top_fraction,
+                salience=asked.salience,
+                reporter=self.reporter,
+            )
         self.summary.range_table = table.id
         return table
 
