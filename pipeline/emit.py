@@ -59,11 +59,15 @@ def _check_salience(store: Store, statistics: Sequence[Mapping[str, Any]], metho
     """Raise UsageError where a layer's statistics were made before there was this method, or without it."""
     held = [receipt.get("salience", FIRST_METHODS) for receipt in statistics]
     common = [name for name in held[0] if all(name in methods for methods in held)]
-    if method not in common:
-        raise UsageError(
-            f"{store.root} holds salience by {', '.join(common)}; {method!r} is not among them. Make the statistics "
-            f"again, which needs neither the model nor the texts: python -m jobs.statistics {store.root}"
+    if method in common:
+        return
+    mend = "Its data do not give it: mutual_information needs histograms, selectivity two concepts or more."
+    if any("salience" not in receipt for receipt in statistics):
+        mend = (
+            "Make the statistics again, which needs neither the model nor the texts: "
+            f"python -m jobs.statistics {store.root}"
         )
+    raise UsageError(f"{store.root} holds salience by {', '.join(common)}; {method!r} is not among them. {mend}")
 
 
 def load_table(store: Store, table_id: str | None) -> RangeTable:

@@ -19,6 +19,7 @@ from neuronlens.ranges import RangeTable
 from neuronlens.store import FORMAT_VERSION, Store
 from pipeline.driver import Silent
 from pipeline.emit import emit_table
+from pipeline.statistics import compute_statistics_here
 
 STORES = Path(__file__).parents[1] / "stores"
 FEAR, JOY, ANGER = "fear, %s; --", 'it\'s "joy"', "läs/anger 怒り"
@@ -177,12 +178,35 @@ def test_version_1__says_how_to_get_the_salience_that_it_does_not_hold(copy):
         emit_table(Store(str(copy)), tau=2.5, top_fraction=0.3, salience="f_ratio", reporter=Silent())
 
 
+def test_ranges__say_what_a_method_needs_that_statistics_of_today_do_not_hold(copy):
+    for path in (copy / "statistics").iterdir():
+        receipt = json.loads(path.read_text())
+        path.write_text(json.dumps(receipt | {"salience": ["mean_abs", "f_ratio"]}))
+    with pytest.raises(UsageError, match=r"by mean_abs, f_ratio; 'selectivity' is not.*needs.*two concepts or more"):
+        emit_table(Store(str(copy)), tau=2.5, top_fraction=0.3, salience="selectivity", reporter=Silent())
+
+
+def test_version_1__gets_what_is_new_by_making_its_statistics_again(copy):
+    store = Store(str(copy))
+    receipts = []
+    compute_statistics_here(store, tau=2.5, memory_limit=None, on_done=receipts.append)
+    assert len(receipts) == 4
+    assert store.faults() == []
+    assert emit_table(store, tau=2.5, top_fraction=0.3, salience="f_ratio", reporter=Silent()).rows.num_rows == 36
+    assert emit_table(store, tau=2.5, top_fraction=0.3, salience="mean_abs", reporter=Silent()).id == TABLE
+    with connect(store.file_lists(), fs=store.fs, threads=1) as con:
+        assert con.sql("select count(*) from quantiles").fetchall() == [(144,)]
+
+
 def test_version_1__answers_the_commands(copy):
     before = _listing(copy)
     asked = neuronlens("sql", str(copy), "select count(*) as n from moments where std = 0", "--format", "json")
     assert json.loads(asked.stdout) == [{"n": 3}]
     assert json.loads(neuronlens("verify", str(copy), "--json").stdout) == {"ok": True, "faults": []}
     assert _listing(copy) == before
+    refused = neuronlens("ranges", str(copy), "--salience", "f_ratio")
+    assert refused.returncode == 2
+    assert f"python -m jobs.statistics {copy}" in " ".join(refused.stderr.split())
     made = neuronlens("ranges", str(copy), "--tau", "1", "--top-fraction", "0.5", "--salience", "cohens_d", "--json")
     table = json.loads(made.stdout)
     assert table["rows"] == 2 * 3 * (8 + 4)
