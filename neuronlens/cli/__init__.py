@@ -16,10 +16,13 @@ from neuronlens.cli import tables
 from neuronlens.cli import diff
 
 # isort: split
+from neuronlens.cli import recut
+
+# isort: split
 from neuronlens.cli.app import app
 from neuronlens.console import command_line
 
-__all__ = ["app", "ask", "diff", "main", "runs", "tables"]
+__all__ = ["app", "ask", "diff", "main", "recut", "runs", "tables"]
 
 
 def main() -> None:
