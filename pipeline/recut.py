@@ -155,7 +155,7 @@ def make_cut(store: Store, target: Store, *, where: str | None, shards: str | No
         )
     description = store.describe()
     asked = {"store_hash": description["store_hash"], "where": where, "shards": shards}
-    _check_target(target, store, asked)
+    _check_target(target, asked)
     check_frozen(store)
     receipts = {receipt["shard"]: receipt for receipt in store.receipts("commits")}
     chosen = _chosen(store, where, shards)
@@ -318,7 +318,7 @@ def _check_raw(store: Store, description: dict[str, Any]) -> None:
         )
 
 
-def _check_target(target: Store, store: Store, asked: dict[str, Any]) -> None:
+def _check_target(target: Store, asked: dict[str, Any]) -> None:
     """Raises UsageError where `target` holds anything but what an earlier try of this cut left."""
     if not target.exists("store.json"):
         return
@@ -364,7 +364,7 @@ def _freeze(cut: Cut, store: Store, target: Store) -> None:
             return samples_of(store, part.old, part.sample_S)
 
         write_plan(target, cut.description, [part.new for part in cut.parts], samples)
-    _check_target(target, store, cut.asked)
+    _check_target(target, cut.asked)
     kept = target.describe()
     if kept["store_hash"] != cut.description["store_hash"]:
         raise UsageError(
