@@ -10,6 +10,9 @@ from neuronlens.cli import runs
 from neuronlens.cli import ask
 
 # isort: split
+from neuronlens.cli import see
+
+# isort: split
 from neuronlens.cli import tables
 
 # isort: split
@@ -22,7 +25,7 @@ from neuronlens.cli import recut
 from neuronlens.cli.app import app
 from neuronlens.console import command_line
 
-__all__ = ["app", "ask", "diff", "main", "recut", "runs", "tables"]
+__all__ = ["app", "ask", "diff", "main", "recut", "runs", "see", "tables"]
 
 
 def main() -> None:

@@ -1,0 +1,149 @@
+"""Stores as a report may meet them, written from numpy arrays: few or many concepts, hook points, layers; with parts
+missing."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from neuronlens.store import Store
+from tests.synthetic_store import Shard, add_statistics, stored, write, write_store
+
+NASTY = (
+    "<script>alert('x')</script>",
+    'it\'s "love"',
+    "日本語の概念 と 愛",
+    "a/b\\c",
+    "$x^2$ & $\\frac{1",
+    "_tab\tnew\nline",
+    "é😀",
+)
+"""Names of concepts that break what quotes badly."""
+
+
+def arrays(
+    concepts: Sequence[str], *, n_layers: int = 2, n_samples: int = 60, width: int = 12, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """float32 [layers, samples, neurons] for each concept: Gaussian, the mean moved from concept to concept, more in
+    deeper layers and further along the neurons."""
+    rng = np.random.default_rng(seed)
+    return {
+        concept: (
+            rng.normal(size=(n_layers, n_samples, width))
+            + k * np.linspace(0, 1.5, width) * (1 + np.arange(n_layers))[:, None, None]
+        ).astype(np.float32)
+        for k, concept in enumerate(concepts)
+    }
+
+
+def write_report_store(
+    root: Path,
+    values: Mapping[str, np.ndarray],
+    *,
+    hook_points: Sequence[str] = ("mlp_post",),
+    histograms: bool = True,
+    raw: bool = True,
+    answered: bool = False,
+    keep: str = "auto",
+    n_lost: int = 0,
+    with_statistics: bool = True,
+    **description: Any,
+) -> Store:
+    """A store with one shard per concept. The values are those of the first hook point; every further one has them
+    again, plus 1. `answered`: half of the texts of each concept were answered right. `n_lost` concepts, the last, were
+    planned and never collected."""
+    shards = [
+        Shard(
+            concept=concept,
+            x_LSN=x_LSN,
+            **({"answers": _answers(concept, x_LSN.shape[1])} if answered else {}),
+        )
+        for concept, x_LSN in values.items()
+    ]
+    write_store(root, shards, hook_point=hook_points[0], histograms=histograms, raw=raw)
+    for i, hook_point in enumerate(hook_points[1:], start=1):
+        _add_hook_point(root, [(s.concept, s.x_LSN + np.float32(i)) for s in shards], hook_point, i, histograms)
+    for number in range(len(shards) - n_lost, len(shards)):
+        (root / "commits" / f"shard-{number:05d}.json").unlink()
+    _describe(root, hook_points, **description)
+    return add_statistics(root, keep=keep) if with_statistics else Store(str(root))
+
+
+def put_texts(root: Path, text: str) -> None:
+    """Let every sample have this text."""
+    path = root / "samples" / "part-00000.parquet"
+    rows = pq.read_table(path)
+    column = rows.schema.get_field_index("text")
+    write(path, [rows.set_column(column, "text", pa.array([text] * rows.num_rows))])
+
+
+def put_evaluation(root: Path, rows: Sequence[Mapping[str, Any]], *, name: str = "tbl_0.000", **edit: Any) -> None:
+    """An evaluation as `pipeline.erasure` keeps it; a row is evaluation_row's."""
+    (root / "evaluations").mkdir(exist_ok=True)
+    content = {"table": "tbl_0000000000000000", "edit": {"action": "zero", **edit}, "coverage": {}, "n_texts": 90}
+    (root / "evaluations" / f"{name}.json").write_text(json.dumps({**content, "rows": list(rows)}), encoding="utf-8")
+
+
+def evaluation_row(concept: str, condition: str, target: float | None, others: float | None, **more: Any) -> dict:
+    """Accuracies of the target and of the others, an interval of 0.1 to both sides; perplexity 2."""
+    row: dict[str, Any] = {"concept": concept, "condition": condition, "n_target": 30, "n_complement": 60}
+    for side, accuracy in (("target", target), ("complement", others)):
+        row |= {f"{side}_accuracy": accuracy, f"{side}_confidence": accuracy}
+        row |= {
+            f"{side}_accuracy_low": accuracy and accuracy - 0.1,
+            f"{side}_accuracy_high": accuracy and accuracy + 0.1,
+        }
+    return row | {"perplexity": 2.0, "tested": 100, "changed": 0 if condition == "base" else 40} | more
+
+
+def put_quarantine(root: Path, shard: int, concept: str, reason: str) -> None:
+    (root / "quarantine").mkdir(exist_ok=True)
+    receipt = {"shard": shard, "concept": concept, "reasons": ["first", "second", reason], "samples": [1], "rows": [1]}
+    (root / "quarantine" / f"shard-{shard:05d}.json").write_text(json.dumps(receipt), encoding="utf-8")
+
+
+def _answers(concept: str, n_samples: int) -> list[tuple[str, bool, float]]:
+    return [(concept, True, 0.75) if i % 2 else ("?", False, 0.25) for i in range(n_samples)]
+
+
+def _describe(root: Path, hook_points: Sequence[str], **changes: Any) -> None:
+    path = root / "store.json"
+    description = json.loads(path.read_text())
+    width = next(iter(description["widths"].values()))
+    description |= {
+        "hook_points": list(hook_points),
+        "widths": dict.fromkeys(hook_points, width),
+        "model": {"id": "some/model", "revision": None, "architecture": "Tiny", "dtype": "float32"},
+        "dataset": {"source": "train.jsonl", "split": "train", "n_rows": 1, "prompt": "{text}"},
+        "unit": "last_token",
+        "created_at": "2026-03-04T05:06:07+00:00",
+        "versions": {"neuronlens": "0.1.0"},
+        **changes,
+    }
+    path.write_text(json.dumps(description), encoding="utf-8")
+
+
+def _add_hook_point(
+    root: Path, shards: Sequence[tuple[str, np.ndarray]], hook_point: str, number: int, histograms: bool
+) -> None:
+    """The same shards at another hook point: further files in the receipts that are there."""
+    other = root.with_name(f"{root.name}-{hook_point}")
+    write_store(
+        other,
+        [Shard(concept=concept, x_LSN=x_LSN) for concept, x_LSN in shards],
+        hook_point=hook_point,
+        histograms=histograms,
+        raw=False,
+    )
+    for shard in range(len(shards)):
+        path = root / "commits" / f"shard-{shard:05d}.json"
+        receipt = json.loads(path.read_text())
+        for file in json.loads((other / "commits" / path.name).read_text())["files"]:
+            moved = file["path"].replace(".parquet", f"{number}.parquet")
+            (root / moved).write_bytes((other / file["path"]).read_bytes())
+            receipt["files"].append(stored(root, file["kind"], moved))
+        path.write_text(json.dumps(receipt), encoding="utf-8")
