@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from neuronlens.query import connect, run_file
-from tests.report_stores import arrays, write_report_store
+from tests.report_stores import arrays, evaluation_row, put_evaluation, write_report_store
 from tests.synthetic_store import bins_of, moments_of
 
 CONCEPTS = ("anger", "it's", "joy", "law")
@@ -185,3 +185,19 @@ def test_neuron_histogram__sums_the_bins_over_shards(con, values):
     for concept in CONCEPTS:
         own = {row["bin"]: row["n"] for row in found if row["concept"] == concept}
         assert own == bins_of(values[concept][1, :, 3])
+
+
+def test_report_evaluations__are_the_rows_of_the_files_in_the_order_of_conditions(tmp_path):
+    store = write_report_store(tmp_path / "store", arrays(["a", "b"], n_layers=1))
+    kept = [evaluation_row(c, k, 0.5, 0.25) for c in "ba" for k in ("range", "base", "neuron")]
+    put_evaluation(tmp_path / "store", kept, action="dampen", factor=0.5, layers=[0])
+    with connect(store.file_lists()) as con:
+        found = rows(con, "report_evaluations")
+    assert [(row["concept"], row["condition"]) for row in found] == [
+        (c, k) for c in "ab" for k in ("base", "neuron", "range")
+    ]
+    of_file = {(row["concept"], row["condition"]): row for row in kept}
+    for row in found:
+        assert (row["action"], row["factor"], row["layers"], row["n_texts"]) == ("dampen", 0.5, [0], 90)
+        for name, value in of_file[row["concept"], row["condition"]].items():
+            assert row[name] == value, name
