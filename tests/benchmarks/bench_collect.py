@@ -3,11 +3,14 @@
     python -m tests.benchmarks.bench_collect overhead --model DIR --data train.jsonl [--texts 2000] [--repeats 7]
     python -m tests.benchmarks.bench_collect memory   --model DIR --data train.jsonl
     python -m tests.benchmarks.bench_collect naive    --recipe recipe.yaml [--share 0.125]
+    python -m tests.benchmarks.bench_collect predictions --recipe recipe.yaml [--texts 600] [--repeats 7]
 
 `overhead`: the same batches through the bare trunk and through Capture, in turn, in one process; the ratio of each
 pair, then their median. `memory`: peak resident memory of a fresh process that collects N and 4 N texts. `naive`:
 every text padded to a fixed 128, one pass a concept, activations in Python lists, numpy mean and std, against
-`neuronlens run` up to the range table.
+`neuronlens run` up to the range table. `predictions`: the same shards collected and committed with and without what the
+model answers, in turn, in one process, in seconds of the processor; without raw values, whose writing would hide the
+difference.
 """
 
 import argparse
@@ -30,7 +33,9 @@ from neuronlens.capture import Capture
 from neuronlens.hookpoints import find_sites
 from neuronlens.models import LoadedModel, load_model
 from neuronlens.recipe import load_recipe
-from pipeline.plan import TOKENS_PER_BATCH
+from neuronlens.store import Store
+from pipeline.collect import CollectSpec, collect_shard
+from pipeline.plan import TOKENS_PER_BATCH, Plan, freeze, make_plan
 
 NAIVE_LENGTH = 128
 NAIVE_BATCH = 32
@@ -51,8 +56,20 @@ def main() -> None:
     command.add_argument("--recipe", required=True)
     command.add_argument("--share", type=float, default=0.125, help="Share of the texts that the naive procedure runs.")
     command.add_argument("--repeats", type=int, default=3)
+    command = commands.add_parser("predictions")
+    command.add_argument("--recipe", required=True)
+    command.add_argument("--texts", type=int, default=600)
+    command.add_argument("--repeats", type=int, default=7)
+    command.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    {"overhead": overhead, "memory": memory, "memory-child": memory_child, "naive": naive}[args.command](args)
+    run = {
+        "overhead": overhead,
+        "memory": memory,
+        "memory-child": memory_child,
+        "naive": naive,
+        "predictions": predictions,
+    }
+    run[args.command](args)
 
 
 def overhead(args: argparse.Namespace) -> None:
@@ -87,10 +104,14 @@ def overhead(args: argparse.Namespace) -> None:
             # Before and after, so that a machine that slows down does not count for one side.
             before, here, after = _seconds(bare), _seconds(partial(captured, unit, histograms)), _seconds(bare)
             pairs.append(((before + after) / 2, here))
-        ratios = sorted(here / base for base, here in pairs)
-        base, here = (statistics.median(column) for column in zip(*pairs, strict=True))
-        spread = " | ".join(f"{ratio:.3f}" for ratio in (statistics.median(ratios), ratios[0], ratios[-1]))
-        print(f"| {name} | {base:.2f} | {here:.2f} | {spread} |", flush=True)
+        _print_ratios(name, pairs)
+
+
+def _print_ratios(name: str, pairs: list[tuple[float, float]]) -> None:
+    ratios = sorted(here / base for base, here in pairs)
+    base, here = (statistics.median(column) for column in zip(*pairs, strict=True))
+    spread = " | ".join(f"{ratio:.3f}" for ratio in (statistics.median(ratios), ratios[0], ratios[-1]))
+    print(f"| {name} | {base:.2f} | {here:.2f} | {spread} |", flush=True)
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -127,6 +148,42 @@ def naive(args: argparse.Namespace) -> None:
     ratio = statistics.median(theirs / ours for ours, theirs in results)
     print(f"| the whole job, s | naive, s (from {args.share:.1%} of the texts) | ratio (median) |\n|---|---|---|")
     print(f"| {ours:.1f} | {theirs:.1f} | {ratio:.1f} |")
+
+
+def predictions(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    recipe = load_recipe(args.recipe)
+    loaded = load_model(recipe.model.id)
+    per_concept = args.texts // len(recipe.data.answers or {"": 0})
+    data = recipe.data.model_copy(update={"max_per_concept": per_concept})
+    print(f"{args.threads} threads, {args.repeats} pairs a row\n")
+    print("| case | without, CPU s | with, CPU s | ratio (median) | min | max |\n|---|---|---|---|---|---|")
+    for unit, only_correct in (("last_token", False), ("token", False), ("mean", False), ("last_token", True)):
+        cases = []
+        for asked in (False, True):
+            collect = recipe.collect.model_copy(update={"unit": unit, "raw": "none", "predictions": asked})
+            wanted = data.model_copy(update={"only_correct": only_correct})
+            cases.append(make_plan(recipe.model_copy(update={"collect": collect, "data": wanted})))
+        without, recorded = (partial(_collect, loaded, plan, args.threads) for plan in cases)
+        without(), recorded()
+        pairs = []
+        for _ in range(args.repeats):
+            before, here, after = without(), recorded(), without()
+            pairs.append(((before + after) / 2, here))
+        _print_ratios(f"{unit}{', only correct' if only_correct else ''}", pairs)
+
+
+def _collect(loaded: LoadedModel, plan: Plan, n_threads: int) -> float:
+    """Seconds of the processor to collect and commit all shards of a plan into a store of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        shards, spec = freeze(plan, store), CollectSpec.of(plan.description, plan.answers)
+
+        def work() -> None:
+            for shard in shards:
+                collect_shard(loaded, spec, store, shard, n_threads=n_threads)
+
+        return _seconds(work, time.process_time)
 
 
 def _run_job(recipe: str) -> None:
@@ -189,10 +246,10 @@ def _batches(loaded: LoadedModel, args: argparse.Namespace) -> list[TokenBatch]:
     return [pad([rows[i] for i in group], pad_id=loaded.pad_id) for group in groups]
 
 
-def _seconds(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
+def _seconds(work: Callable[[], None], clock: Callable[[], float] = time.perf_counter) -> float:
+    started = clock()
     work()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 if __name__ == "__main__":
