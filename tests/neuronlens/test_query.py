@@ -50,6 +50,8 @@ PARAMS = {
     "top_samples": LAYER_1 | {"neuron": 2},
     "neuron_card": LAYER_1 | {"neuron": 2, "tau": 2.5},
     "neuron_histogram": LAYER_1 | {"neuron": 2},
+    "probe_rows": LAYER_1,
+    "probe_values": LAYER_1,
     "report_answers": {},
     "report_concepts": {"n_concepts": 9},
     "report_evaluations": {},
