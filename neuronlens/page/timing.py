@@ -62,8 +62,8 @@ def _table(facts: Facts, seconds: Mapping[str, float]) -> Table:
     if finished:
         rows += [("first shard committed (UTC)", _moment(finished[0])), ("last shard committed", _moment(finished[-1]))]
     by_kind = facts.bytes_by_kind()
-    rows += [("size of the store", _megabytes(sum(by_kind.values())))]
-    rows += [(f"of which {kind.replace('_', ' ')}", _megabytes(n_bytes)) for kind, n_bytes in by_kind.items()]
+    rows += [("size of the store", _size(sum(by_kind.values())))]
+    rows += [(f"of which {kind.replace('_', ' ')}", _size(n_bytes)) for kind, n_bytes in by_kind.items()]
     return Table(columns=("what", "amount"), rows=tuple(rows), numbers=frozenset({1}))
 
 
@@ -71,5 +71,5 @@ def _moment(iso: str) -> str:
     return iso.partition("+")[0].replace("T", " ")
 
 
-def _megabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e6:,.1f} MB"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:,.0f} kB"

@@ -122,6 +122,17 @@ def test_save__draws_any_name_without_a_warning(form, tmp_path, recwarn, capfd):
         assert "$x^2$" in content.decode()
 
 
+def test_save__takes_no_name_for_mathematics(tmp_path):
+    x = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    names = ("$a_b$", "$\\sum$")
+    card = card_of(*(bump_of(x, name) for name in names))
+    figure = figures.distributions(card, colours=figures.concept_colours(names), title="$x$")
+    figures.save(figure, str(tmp_path / "x.svg"), "svg")
+    svg = (tmp_path / "x.svg").read_text()
+    for name in (*names, "$x$"):
+        assert f">{name}</text>" in svg
+
+
 def test_save__gives_the_same_bytes_again(tmp_path, two_bumps):
     colours = {"joy": RED, "law": BLUE}
     for name in ("a.svg", "b.svg"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from neuronlens import figures
 from neuronlens.cli import app
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.page import write_report
@@ -103,9 +104,13 @@ def report_on(store: Store, path: Path) -> Element:
     return parsed(path)
 
 
+N_KEPT = {"anger": 58, "joy": 57, "law": 59}
+
+
 @pytest.fixture(scope="module")
 def values():
-    return arrays(CONCEPTS)
+    """Similar concepts do not stand side by side in the order of names: law, anger and joy do."""
+    return arrays(("law", "anger", "joy"))
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,9 @@ def store(values, tmp_path_factory):
     store = write_report_store(root, values, answered=True)
     conditions = (("base", 0.9, 0.8), ("neuron", 0.3, 0.4), ("range", 0.35, 0.7))
     put_evaluation(root, [evaluation_row(c, name, a, b) for c in CONCEPTS for name, a, b in conditions])
+    for path in (root / "commits").iterdir():
+        receipt = json.loads(path.read_text())
+        path.write_text(json.dumps(receipt | {"n_kept": N_KEPT[receipt["concept"]]}))
     return store
 
 
@@ -219,7 +227,8 @@ def test_report__says_what_was_run(page):
     assert said["shards"] == "3 of 3 committed, 0 given up"
     assert said["kept"].startswith("moments, histograms, raw values")
     for row, concept in zip(concepts, CONCEPTS, strict=True):
-        assert (row["concept"], row["texts planned"], row["texts counted"]) == (concept, "60", "60")
+        assert (row["concept"], row["texts planned"], row["texts collected"]) == (concept, "60", "60")
+        assert row["texts counted"] == str(N_KEPT[concept])
         assert (row["answered right"], row["confidence"]) == ("50 %", "0.50")
     assert "There are none yet" in section_of(page, "run").text
 
@@ -247,6 +256,10 @@ def test_report__overlap_is_that_of_the_values(page, values):
         [figure] = [svg for svg in section.all("svg") if svg.attributes["aria-label"].startswith(f"layer {layer}.")]
         written = {text.text for text in figure.all("text")}
         assert {f"{mean:.2f}".removeprefix("0") for mean in means.values()} <= written
+        least, most = (set(extreme(means, key=means.__getitem__)) for extreme in (min, max))
+        caption = figure.attributes["aria-label"]
+        assert least == set(re.findall(r"Least: (\w+) and (\w+)", caption)[0])
+        assert most == set(re.findall(r"Most: (\w+) and (\w+)", caption)[0])
 
 
 def _ovl(x: np.ndarray, y: np.ndarray) -> float:
@@ -269,6 +282,24 @@ def test_report__shows_the_neurons_that_keep_concepts_apart(page, values):
         assert f"layer {layer}, neuron {neuron}" in written
         assert set(CONCEPTS) <= set(written)
     assert len(titles) >= 8
+
+
+def test_report__draws_what_was_measured_where_it_says(store, tmp_path, monkeypatch):
+    drawn, draw = {}, figures.conditions
+
+    def conditions(concepts, measured, *, title, **options):
+        drawn[title] = {one.condition: one.value_C.tolist() for one in measured}
+        return draw(concepts, measured, title=title, **options)
+
+    monkeypatch.setattr(figures, "conditions", conditions)
+    write_report(store, tmp_path / "r.html")
+    target, others = (
+        {k: [v] * 3 for k, v in zip(("base", "neuron", "range"), values, strict=True)}
+        for values in ((0.9, 0.3, 0.35), (0.8, 0.4, 0.7))
+    )
+    assert drawn["Accuracy on the target"] == drawn["Confidence on the target"] == target
+    assert drawn["Accuracy on the others"] == drawn["Confidence on the others"] == others
+    assert drawn["Perplexity of the others"] == dict.fromkeys(target, [2.0] * 3)
 
 
 def test_report__erasure_has_the_means_of_its_rows(page):
@@ -297,10 +328,10 @@ def test_report__timing_adds_the_receipts_up(page):
 def test_report__shows_the_texts_of_a_neurons_highest_values(page, values):
     first = section_of(page, "neurons").all("figure")[0]
     layer, neuron = map(int, re.findall(r"layer (\d+), neuron (\d+)", first.text)[0])
-    every = np.concatenate([values[c][layer, :, neuron] for c in CONCEPTS])
+    every = np.concatenate([x_LSN[layer, :, neuron] for x_LSN in values.values()])
     place = int(every.argmax())
     shown = first.all("li")[0].text
-    assert shown == f"{every.max():.3g} ({CONCEPTS[place // 60]}): text {place}"
+    assert shown == f"{every.max():.3g} ({list(values)[place // 60]}): text {place}"
 
 
 # --- stores that lack something ---
