@@ -19,8 +19,8 @@ SCORES = ("ovl", "ovl_gaussian", "bhattacharyya", "range_jaccard", "b_in_a", "a_
 PAIRS_SCHEMA = pa.schema(
     [
         *KEYS[:3],
-        ("concept_a", KEYS[3][1]),
-        ("concept_b", KEYS[3][1]),
+        KEYS[3].with_name("concept_a"),
+        KEYS[3].with_name("concept_b"),
         ("tau", pa.float32()),
         *((name, pa.float32()) for name in SCORES),
     ]

@@ -25,6 +25,7 @@ import ray
 from neuronlens.bumps import Bumps, open_counts, read_counts
 from neuronlens.distributions import COLUMNS, DISTRIBUTIONS_SCHEMA, distributions_of
 from neuronlens.errors import NeuronLensError, RunFailed
+from neuronlens.information import information_of
 from neuronlens.overlap import PAIRS_SCHEMA, SCORES, concept_overlap_of, kept_of, pairs_of
 from neuronlens.query import attach, attach_rows, connect, rows_of, run_to_parquet
 from neuronlens.recipe import SQL_SALIENCE_METHODS, OverlapSection
@@ -371,15 +372,15 @@ class _Work:
             with _timed(seconds, "histograms"):
                 if merged is not None:
                     files.append(self._merge_histograms(con, scratch, merged, paths["merged_histograms"]))
-                    attach(con, "histograms", [merged])
             bumps = Bumps.of(rows_of(con, "moments", *_MOMENT_COLUMNS), **self._site())
             with _timed(seconds, "distributions"):
-                files.append(self._write_distributions(bumps, merged, paths["distributions"]))
+                distributions, information = self._write_distributions(bumps, merged, paths["distributions"])
+                attach_rows(con, "concept_information", information)
             with _timed(seconds, "overlap"):
                 overlap, n_pairs, means = self._write_overlap(bumps, merged, paths["overlap"])
                 attach_rows(con, "concept_overlap", means)
             with _timed(seconds, "salience"):
-                files += [overlap, self._query(con, "salience", "salience", paths["salience"])]
+                files += [distributions, overlap, self._query(con, "salience", "salience", paths["salience"])]
         return files, {"n_pairs": n_pairs, "n_pairs_kept": overlap.n_rows, "seconds": seconds}
 
     def _connect(self, scratch: str) -> duckdb.DuckDBPyConnection:
@@ -432,14 +433,19 @@ class _Work:
         self.store.write_through(relative, lambda path: shutil.copyfile(merged, path))
         return self.store.adopt("merged_histograms", relative)
 
-    def _write_distributions(self, bumps: Bumps, merged: str | None, relative: str) -> StoredFile:
+    def _write_distributions(self, bumps: Bumps, merged: str | None, relative: str) -> tuple[StoredFile, pa.Table]:
+        """Returns also the rows of `concept_information`."""
+        information: list[pa.Table] = []
+
         def write(path: str) -> None:
-            with _RowsFile(path, DISTRIBUTIONS_SCHEMA, COLUMNS, self._metadata()) as file:
+            information.clear()
+            with RowsFile(path, DISTRIBUTIONS_SCHEMA, COLUMNS, self._metadata()) as file:
                 for block in self._blocks(bumps, merged):
                     file.add(distributions_of(block, n_threads=self.resources.n_threads))
+                    information.append(information_of(block, n_threads=self.resources.n_threads))
 
         self.store.write_through(relative, write)
-        return self.store.adopt("distributions", relative)
+        return self.store.adopt("distributions", relative), pa.concat_tables(information)
 
     def _write_overlap(self, bumps: Bumps, merged: str | None, relative: str) -> tuple[StoredFile, int, pa.Table]:
         """Write the pairs that are kept. Returns also how many pairs there were, and `concept_overlap` over all of
@@ -451,7 +457,7 @@ class _Work:
             nonlocal n_pairs
             n_pairs = 0
             means.clear()
-            with _RowsFile(path, PAIRS_SCHEMA, SCORES, self._metadata()) as file:
+            with RowsFile(path, PAIRS_SCHEMA, SCORES, self._metadata()) as file:
                 for block in self._blocks(bumps, merged):
                     pairs = pairs_of(block, tau=self.settings.tau, n_threads=self.resources.n_threads)
                     n_pairs += pairs.num_rows
@@ -509,7 +515,7 @@ class _Work:
         )
 
 
-class _RowsFile:
+class RowsFile:
     """A Parquet file of rows in the order of neurons, in row groups of a fair size whatever the blocks that arrive."""
 
     def __init__(self, path: str, schema: pa.Schema, floats: Sequence[str], metadata: Mapping[str, str]) -> None:
@@ -524,7 +530,7 @@ class _RowsFile:
         )
         self._waiting: list[pa.Table] = []
 
-    def __enter__(self) -> "_RowsFile":
+    def __enter__(self) -> "RowsFile":
         return self
 
     def add(self, rows: pa.Table) -> None:

@@ -1,6 +1,7 @@
 -- What follows from a store's rows alone? Views over the views: shapes, overlap of concepts, salient sets.
 -- in: the views of views.sql, the macros of macros.sql
--- out: quantiles, gaussianity, concept_overlap, overlap_by_layer, salient (macro), salient_overlap, polysemantic
+-- out: quantiles, gaussianity, concept_overlap, concept_information, overlap_by_layer, salient (macro), salient_overlap,
+--     polysemantic
 
 create or replace view quantiles as
 select layer, hook_point, neuron, concept, n, min, p01, p05, p25, p50, p75, p95, p99, max
@@ -23,6 +24,30 @@ from (
     select layer, hook_point, neuron, concept_b, coalesce(ovl, ovl_gaussian)::double from overlap
 )
 group by layer, hook_point, neuron, concept;
+
+-- I(bin; concept or not): over the bins that the concept reaches, n_cb log2(n_cb N / (n_b n_c)) and the same for the others' values
+-- there; the bins that it does not reach, where all are the others', give their share times log2(N / n_others).
+create or replace view concept_information as
+with counts as (
+    select layer, hook_point, neuron, concept, bin, sum(n)::double as n
+    from histograms
+    group by layer, hook_point, neuron, concept, bin
+),
+share as (
+    select layer, hook_point, neuron, concept, n,
+        sum(n) over (partition by layer, hook_point, neuron, bin) as n_bin,
+        sum(n) over (partition by layer, hook_point, neuron, concept) as n_own,
+        sum(n) over (partition by layer, hook_point, neuron) as n_all
+    from counts
+)
+select layer, hook_point, neuron, concept,
+    if(n_own < n_all, greatest(0, (
+        sum(n * log2(n * n_all / (n_bin * n_own))
+            + if(n_bin > n, (n_bin - n) * log2((n_bin - n) * n_all / (n_bin * (n_all - n_own))), 0))
+        + (n_all - sum(n_bin)) * log2(n_all / (n_all - n_own))
+    ) / n_all), null) as bits
+from share
+group by layer, hook_point, neuron, concept, n_own, n_all;
 
 -- The rows that overlap least are dropped first (recipe: overlap.keep): with any dropped, only mean and median of the others are
 -- known, and the smallest is not in the store.

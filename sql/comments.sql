@@ -155,6 +155,13 @@ comment on column concept_overlap.concept is 'Label of the texts';
 comment on column concept_overlap.n_pairs is 'Pairs that were kept';
 comment on column concept_overlap.mean_ovl is 'Mean ovl over those pairs; ovl_gaussian where there is no histogram';
 
+comment on view concept_information is 'How much does a neuron''s value say about whether its text has a concept?';
+comment on column concept_information.layer is 'Layer of the model, from 0';
+comment on column concept_information.hook_point is 'Where in the layer the values were read: mlp_post, mlp_out, attn_out or resid_post';
+comment on column concept_information.neuron is 'Index of the neuron at its hook point, from 0';
+comment on column concept_information.concept is 'Label of the texts';
+comment on column concept_information.bits is 'Mutual information of a value''s histogram bin and whether its text has the concept, in bits; NULL where there is no other concept';
+
 comment on view overlap_by_layer is 'How well do the neurons of a layer keep two concepts apart?';
 comment on column overlap_by_layer.hook_point is 'Where in the layer the values were read: mlp_post, mlp_out, attn_out or resid_post';
 comment on column overlap_by_layer.layer is 'Layer of the model, from 0';

@@ -1,5 +1,5 @@
 -- Which neurons matter most to a concept? Seven answers, in long form.
--- in: moments, histograms (may be empty), concept_overlap (may be empty), $hook_point, $layer
+-- in: moments, concept_overlap and concept_information (either may be empty), $hook_point, $layer
 -- out: layer, hook_point, neuron, concept, method, score, rank (1 = most salient within method and concept; ties by neuron)
 -- mean_abs            mean |x| over the concept's samples (Haider et al. 2026).
 -- mean                mean x: neurons that the concept drives up.
@@ -69,35 +69,8 @@ f_ratio as (
     from variance
     where k > 1 and n > k
 ),
-counts as (
-    select neuron, concept, bin, sum(n)::double as n
-    from histograms
-    where hook_point = $hook_point and layer = $layer
-    group by neuron, concept, bin
-),
-bin_total as (
-    select neuron, bin, sum(n) as n_bin from counts group by neuron, bin
-),
-concept_total as (
-    select neuron, concept, sum(n) as n_concept, sum(n_concept) over (partition by neuron) as n_all
-    from counts
-    group by neuron, concept
-),
--- I(bin; concept or not), in values: over the bins that the concept reaches, n_cb log(n_cb N / (n_b n_c)) and the same for the
--- rest; the bins that it never reaches, all of the rest's, give their share times log(N / n_rest).
-reached as (
-    select c.neuron, c.concept, sum(b.n_bin) as n_reached,
-        sum(c.n * log2(c.n * t.n_all / (b.n_bin * t.n_concept))
-            + if(b.n_bin > c.n, (b.n_bin - c.n) * log2((b.n_bin - c.n) * t.n_all / (b.n_bin * (t.n_all - t.n_concept))), 0)
-        ) as information
-    from counts c join bin_total b using (neuron, bin) join concept_total t using (neuron, concept)
-    where t.n_all > t.n_concept
-    group by c.neuron, c.concept
-),
-mutual_information as (
-    select neuron, concept,
-        greatest(0, (information + (n_all - n_reached) * log2(n_all / (n_all - n_concept))) / n_all) as score
-    from reached join concept_total using (neuron, concept)
+information as (
+    select neuron, concept, bits from concept_information where hook_point = $hook_point and layer = $layer
 ),
 score as (
     select neuron, concept, 'mean_abs' as method, mean_abs as score from moment
@@ -118,9 +91,9 @@ score as (
     union all
     select neuron, concept, 'f_ratio', if(n > 0, f.score, null) from moment left join f_ratio f using (neuron)
     union all
-    select neuron, concept, 'mutual_information', i.score
-    from moment left join mutual_information i using (neuron, concept)
-    where exists (from counts)
+    select neuron, concept, 'mutual_information', i.bits
+    from moment left join information i using (neuron, concept)
+    where exists (from information)
 )
 select $layer::smallint as layer, $hook_point::varchar as hook_point, neuron, concept, method, score,
     row_number() over (partition by method, concept order by score desc nulls last, neuron)::integer as rank

@@ -5,10 +5,10 @@
 
 Shards of synthetic partials and histograms are written as collectors write them, a row group per layer; then every
 layer goes through `compute_layer`, one after the other, as a Ray task would run it: merge, histograms summed over the
-shards, overlap in blocks of neurons, salience. Each shard has values of its own; its layers share them, so that making
-the files takes minutes and not hours. Reported are the rates of the two heavy steps, what the process gained in
-resident memory at its peak, and what lay in the scratch folder at most, spilled by DuckDB and merged histograms apart.
-The files are removed at the end.
+shards, distributions and overlap in blocks of neurons, salience. Each shard has values of its own; its layers share
+them, so that making the files takes minutes and not hours. Reported are the rates of the heavy steps, what the process
+gained in resident memory at its peak, and what lay in the scratch folder at most, spilled by DuckDB and merged
+histograms apart. The files are removed at the end.
 """
 
 import argparse
@@ -126,6 +126,7 @@ def _table(report: Report) -> str:
         f"| merge | {seconds['moments']:.1f} | {report.n_partial_rows / seconds['moments'] / 1e6:.2f} M partial rows |",
         f"| histograms over the shards | {seconds['histograms']:.1f} "
         f"| {report.n_histogram_rows / max(seconds['histograms'], 1e-9) / 1e6:.1f} M bins |",
+        f"| distributions | {seconds['distributions']:.1f} | |",
         f"| overlap | {seconds['overlap']:.1f} | {report.n_pairs / seconds['overlap'] / 1e6:.3f} M pairs |",
         f"| salience | {seconds['salience']:.1f} | |",
         f"| all | {seconds['total']:.1f} | {n_neurons / seconds['total']:,.0f} neurons |",
