@@ -149,7 +149,7 @@ def number(value: float | None) -> float:
 
 
 def percent(share: float | None) -> str:
-    return "–" if share is None or math.isnan(share) else f"{100 * share:.0f} %"
+    return "–" if share is None or math.isnan(share) else f"{100 * share:.0f}\u00a0%"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
