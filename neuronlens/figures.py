@@ -23,9 +23,11 @@ import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.ft2font import FT2Font
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.cells import cell_len
 
@@ -47,7 +49,6 @@ _INK, _PALE_INK, _GRID, _EMPTY, _NONE = "#1c1c1c", "#5f5f5f", "#dddddd", "#ecece
 _LINE = "#0072B2"
 _MAP = "YlGnBu"
 _PX = 1 / 96
-_CELL_PX = 6.6
 _TEXT_PT, _SMALL_PT = 8.25, 7.5
 _STYLE: Any = {
     "font.family": ["DejaVu Sans"],
@@ -108,7 +109,8 @@ def distributions(
     `explained`, a line below says so, for a figure that stands alone.
     """
     names = [short(bump.concept) for bump in card.bumps]
-    left, right = _names_px(names), 88
+    nearest = [_nearest(bump.nearest, bump.nearest_ovl) for bump in card.bumps]
+    left, right = _names_px(names), max(88, 12 + max(map(_text_px, nearest), default=0))
     row_px, top, bottom = 34, 36, 56 if explained else 38
     height = top + row_px * max(1, len(card.bumps)) + bottom
     figure = _figure(WIDTH, height)
@@ -128,10 +130,10 @@ def distributions(
         said = f"band: mean ± {card.tau:g} std, triangle: mean{curve}, right: largest overlap"
         figure.text(8 / WIDTH, 9 / height, said, ha="left", va="center", fontsize=_SMALL_PT, c=_PALE_INK)
     edges = np.linspace(*card.limits(), N_STEPS + 1)
-    for i, (bump, name) in enumerate(zip(card.bumps, names, strict=True)):
+    for i, (bump, name, beside) in enumerate(zip(card.bumps, names, nearest, strict=True)):
         base, colour = i + 0.92, colours[bump.concept]
         _row_text(axes, -8, i + 0.62, name, ha="right", colour=_INK)
-        _row_text(axes, axes_px(axes) + 6, i + 0.62, _nearest(bump.nearest, bump.nearest_ovl), colour=_PALE_INK)
+        _row_text(axes, axes_px(axes) + 6, i + 0.62, beside, colour=_PALE_INK)
         if bump.is_empty:
             _row_text(axes, 6, i + 0.62, "no values", colour=_PALE_INK)
             continue
@@ -210,8 +212,16 @@ def _level_axis(axes: Axes, band: Band) -> None:
         axes.set_yscale("symlog", linthresh=1)
         decades = [10.0**k for k in range(math.ceil(math.log10(reach)) + 1)]
         below = [-d for d in reversed(decades) if finite.min() < -0.5 and d <= max(1, 10 * -finite.min())]
-        axes.set_yticks([*below, 0, *decades], [f"{y:,.0f}".replace("-", "−") for y in (*below, 0, *decades)])
+        axes.set_yticks([*below, 0, *decades], [_brief(y) for y in (*below, 0, *decades)])
         axes.minorticks_off()
+
+
+def _brief(y: float) -> str:
+    """A power of ten in few characters."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(y) >= size:
+            return f"{y / size:.0f}{letter}".replace("-", "−")
+    return f"{y:.0f}".replace("-", "−")
 
 
 @_styled
@@ -219,7 +229,7 @@ def layer_shares(layers: Sequence[int], shares_GL: np.ndarray, names: Sequence[s
     """A bar per layer, cut into G groups, the first, in grey, at the bottom; shares_GL sums to 1 in each layer."""
     figure = _figure(WIDTH, 230)
     _title(figure, title)
-    right = 24 + max(cell_len(name) for name in names) * _CELL_PX
+    right = 24 + max(map(_text_px, names))
     axes = _axes(figure, 50, 32, WIDTH - 50 - right, 156)
     tones = [_NONE, *matplotlib.colormaps[_MAP](np.linspace(0.15, 0.98, len(names) - 1))]
     bottom = np.zeros(len(layers))
@@ -245,8 +255,8 @@ def pair_map(names: Sequence[str], value_CC: np.ndarray, *, limits: tuple[float,
     left, right, top = _names_px(rows), 12, 40
     cell = (WIDTH - left - right) / n
     row_px = min(max(cell, 13), 34)
-    upright = max(map(cell_len, columns)) * _CELL_PX < cell
-    bottom = 22 if upright else 14 + max(map(cell_len, columns)) * _CELL_PX
+    upright = max(map(_text_px, columns)) < cell
+    bottom = 22 if upright else 14 + max(map(_text_px, columns))
     figure = _figure(WIDTH, top + n * row_px + bottom)
     _title(figure, title)
     axes = _axes(figure, left, top, WIDTH - left - right, n * row_px)
@@ -444,9 +454,10 @@ def stacked_bars(rows: Sequence[str], parts: Mapping[str, Sequence[float]], *, t
     top = 34 + 18 * legend_rows
     figure = _figure(WIDTH, top + row_px * len(names) + 42)
     _title(figure, title)
-    axes = _axes(figure, left, top, WIDTH - left - 16, row_px * len(names))
+    axes = _axes(figure, left, top, WIDTH - left - 20, row_px * len(names))
     axes.set(ylim=(len(names), 0), yticks=[], xlabel=unit)
     axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _brief(x) if x >= 1e4 else f"{x:g}"))
     axes.grid(axis="x", color=_GRID, linewidth=0.5)
     axes.set_axisbelow(True)
     done = np.zeros(len(names))
@@ -493,7 +504,18 @@ def _title(figure: Figure, text: str) -> None:
 
 
 def _names_px(names: Sequence[str]) -> float:
-    return 14 + max((cell_len(name) for name in names), default=0) * _CELL_PX
+    return 16 + max(map(_text_px, names), default=0)
+
+
+@functools.cache
+def _text_px(text: str) -> float:
+    """How wide a label is, in pixels: as matplotlib's own font draws it, and half a line for every column that wide
+    characters (CJK) take, which that font has not."""
+    font = FontProperties(family=["DejaVu Sans"], size=_TEXT_PT)
+    default = font_manager.findfont(font)
+    known = "".join(c for c in text if c.isascii() or _has(default, c))
+    width, _, _ = text_to_path.get_text_width_height_descent(known, font, False)
+    return max(width / (72 * _PX), cell_len(text) * 5.5)
 
 
 def _row_text(
@@ -537,7 +559,7 @@ def _marks(figure: Figure, entries: Sequence[tuple[str, str]], left: float, top:
         axes = _axes(figure, left, top - 5, 10, 10)
         axes.set_axis_off()
         axes.plot([0.5], [0.5], marker=marker, color=colour, markersize=5)
-        left += 22 + cell_len(name) * _CELL_PX
+        left += 24 + _text_px(name)
 
 
 # --- out -------------------------------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def test_layer_band__of_one_layer_shows_a_mark_and_its_whole_number():
 def test_layer_band__is_linear_near_zero_and_logarithmic_beyond_where_it_spans_decades():
     [axes] = figures.layer_band(Band(layers=[0, 1], middle=[1, 2], low=[-1, -1], high=[30, 1e5]), title="k").axes
     assert axes.get_yscale() == "symlog"
-    assert {"0", "1", "100,000"} <= {tick.get_text() for tick in axes.get_yticklabels()}
+    assert {"0", "1", "100k"} <= {tick.get_text() for tick in axes.get_yticklabels()}
     [small] = figures.layer_band(Band(layers=[0, 1], middle=[1, 2], low=[-1, -1], high=[3, 4]), title="k").axes
     assert small.get_yscale() == "linear"
 
@@ -375,3 +375,53 @@ def test_stacked_bars__adds_the_parts_up():
     ).axes[0]
     assert [(bar.get_x(), bar.get_width()) for bar in rectangles(axes)] == [(0, 1), (0, 2), (1, 3), (2, 4)]
     assert {"layer 0", "layer 1", "moments", "overlap"} <= set(texts_of(axes.figure))
+
+
+# --- all of them ---
+
+LONG = [f"{c * 30} {i}" for i, c in enumerate("wmWM愛日")]
+
+
+def _every_figure() -> dict:
+    x = np.random.default_rng(0).normal(size=100).astype(np.float32)
+    card = card_of(*(bump_of(x, name, nearest=LONG[0], nearest_ovl=0.5) for name in LONG))
+    square = np.full((6, 6), 0.5)
+    pair = [_measured("base", *[0.9] * 6), _measured("neuron", *[0.2] * 6), _measured("range", *[0.3] * 6)]
+    spread = Band(layers=range(32), middle=[1] * 32, low=[-1e5] * 32, high=[1e5] * 32)
+    return {
+        "distributions": figures.distributions(card, colours=figures.concept_colours(LONG), explained=True),
+        "layer_band": figures.layer_band(spread, title="Distance to the fitted Gaussian (KS)"),
+        "layer_shares": figures.layer_shares([0, 31], np.full((3, 2), 1 / 3), ["0", "1", "128–200"], title="x"),
+        "pair_map": figures.pair_map(LONG, square, limits=(0, 1), title="layer 31"),
+        "layer_map": figures.layer_map(LONG, range(6), square, limits=(0, 1), title="Near-Gaussian share"),
+        "conditions": figures.conditions(LONG, pair, title="Accuracy on the target", unit="accuracy"),
+        "trade_off": figures.trade_off(pair, pair, unit="confidence"),
+        "stacked_bars": figures.stacked_bars(LONG, {"wait for storage": [1e5] * 6}, title="x", unit="seconds"),
+    }
+
+
+def _ticks_out_of_view(figure) -> set:
+    """Labels that matplotlib keeps and does not draw."""
+    found = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        found |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    return found
+
+
+@pytest.mark.parametrize("name", list(_every_figure()))
+def test_figure__keeps_its_text_within_it(name):
+    """In matplotlib's own font, which is wider than most that a page is shown in."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = _every_figure()[name]
+    canvas = FigureCanvasAgg(figure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that no font here has
+        canvas.draw()
+        width, height = canvas.get_width_height()
+        for text in set(figure.findobj(Text)) - _ticks_out_of_view(figure):
+            if text.get_text() and text.get_visible():
+                box = text.get_window_extent()
+                inside = box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1
+                assert inside, (text.get_text(), box)
