@@ -173,14 +173,19 @@ class Spares:
         self._idle = [_actor_class(layout).remote() for _ in range(n_cores)] if fits else []
 
     def take(self, layout: Layout) -> Any | None:
-        """One that fits the layout, or None."""
-        return self._idle.pop() if self._idle and layout.n_threads == 1 and not layout.n_gpus else None
+        """One that fits the layout, or None. Where none fits, all are ended: a worker of two threads would wait forever
+        for the cores that they hold."""
+        if layout.n_threads != 1 or layout.n_gpus:
+            self._end()
+        return self._idle.pop() if self._idle else None
 
     def __enter__(self) -> "Spares":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End those that nobody took."""
+        self._end()
+
+    def _end(self) -> None:
         while self._idle:
             ray.kill(self._idle.pop())
 
