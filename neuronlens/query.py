@@ -104,7 +104,8 @@ def _read_from(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], 
     if kind in _JSON_KINDS:  # the files hold more than the columns that sql/schema.sql names
         empty = con.view(f"{kind}_files")
         columns = dict(zip(empty.columns, map(str, empty.types), strict=True))
-        relation = con.read_json(urls, columns=cast(Any, columns), format="auto")
+        has_name = columns.pop("filename", None) is not None
+        relation = con.read_json(urls, columns=cast(Any, columns), format="auto", filename=has_name)
     else:
         relation = con.read_parquet(urls, hive_partitioning=kind == "raw", filename=kind in _NAMED_BY_PATH)
     relation.set_alias(kind).create_view(f"{kind}_files", replace=True)

@@ -216,6 +216,7 @@ comment on column ranges.lower is 'mean - tau * std, inclusive';
 comment on column ranges.upper is 'mean + tau * std, inclusive';
 
 comment on view evaluations is 'What erasing a concept did to it and to the others, a row per table, target and condition';
+comment on column evaluations.evaluation_id is 'One table, edit and set of test texts: the name of the file that holds the rows';
 comment on column evaluations.table_id is 'Range table that was evaluated';
 comment on column evaluations.action is 'What was done inside the range: zero, mean, dampen, adaptive or set';
 comment on column evaluations.factor is 'What dampen and adaptive multiply by';

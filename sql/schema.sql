@@ -86,7 +86,7 @@ limit 0;
 
 -- One JSON file per range table, test set and edit, with a row per concept and condition.
 create or replace view evaluations_files as
-select null::varchar as "table", null::bigint as n_texts,
+select null::varchar as "filename", null::varchar as "table", null::bigint as n_texts,
     null::struct(action varchar, factor double, "value" double, layers integer[], hook_points varchar[], tau double,
         top_fraction double) as edit,
     null::struct(concept varchar, condition varchar,

@@ -59,7 +59,7 @@ select regexp_extract(filename, 'tbl_\w+') as table_id,
 from ranges_files;
 
 create or replace view evaluations as
-select "table" as table_id, edit.action as action, edit.factor as factor, edit."value" as "value", edit.layers as layers,
-    edit.hook_points as hook_points, edit.tau as edit_tau, edit.top_fraction as edit_top_fraction, n_texts,
+select parse_filename(filename, true) as evaluation_id, "table" as table_id, edit.action as action, edit.factor as factor,
+    edit."value" as "value", edit.layers as layers, edit.hook_points as hook_points, edit.tau as edit_tau, edit.top_fraction as edit_top_fraction, n_texts,
     unnest("rows", recursive := true)
 from evaluations_files;

@@ -3,18 +3,22 @@
 import json
 import os
 import shutil
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from neuronlens.errors import UsageError
 from neuronlens.moments import Moments
 from neuronlens.query import connect, run_file
 from neuronlens.ranges import RangeTable
-from neuronlens.recipe import parse_recipe
+from neuronlens.recipe import ComputeSection, parse_recipe
 from neuronlens.store import Store
 from pipeline import driver
+from pipeline.workers import Layout, Spares, choose_layout
 from tests.pipeline.runs import ANSWERS, assert_same_tables, recipe, run, table_of
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
@@ -77,8 +81,11 @@ def test_run__partials_merge_to_what_sql_computes_from_the_raw_values(finished):
                 np.testing.assert_allclose(merged[name], raw[name], rtol=2e-5, atol=2e-6)
 
 
-def test_run__gives_the_same_for_one_worker_and_three(place, tmp_path, finished):
+def test_run__gives_the_same_for_one_worker_and_three(place, tmp_path, finished, monkeypatch):
+    """With a thread for each: on some CPUs torch's matrix products round differently with other numbers of threads, and
+    a worker alone would get all three cores."""
     root, summary = finished
+    monkeypatch.setattr(driver, "choose_layout", lambda *a, **k: replace(choose_layout(*a, **k), n_threads=1))
     for n_workers in (1, 3):
         other = tmp_path / str(n_workers)
         again = run(
@@ -91,6 +98,18 @@ def test_run__gives_the_same_for_one_worker_and_three(place, tmp_path, finished)
         assert_same_tables(other, root)
         assert table_of(other, "activations", "all").equals(table_of(root, "activations", "all"))
         assert again.range_table == summary.range_table
+
+
+def test_spares__give_their_cores_back_where_none_fits():
+    """A worker that wants two cores would else wait forever for those that the spares hold."""
+    with Spares(ComputeSection()) as spares:
+        while ray.available_resources().get("CPU", 0):
+            time.sleep(0.1)
+        assert spares.take(Layout(n_workers=1, n_gpus=0, n_threads=3)) is None
+        end = time.monotonic() + 30
+        while ray.available_resources().get("CPU", 0) < 3 and time.monotonic() < end:
+            time.sleep(0.1)
+        assert ray.available_resources()["CPU"] == 3
 
 
 def test_run__goes_on_where_it_stopped(place, tmp_path, finished):
