@@ -15,6 +15,7 @@ from typing import Any
 
 import boto3
 from moto.server import DomainDispatcherApplication, create_backend_app
+from s3fs import S3FileSystem
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 REASONS = {500: "500 Internal Server Error", 503: "503 Service Unavailable", 403: "403 Forbidden"}
@@ -53,6 +54,7 @@ class S3Server:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> "S3Server":
+        S3FileSystem.clear_instance_cache()  # fsspec would go on asking a server of this process that is gone
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
