@@ -247,9 +247,9 @@ def _next_commands(store: str) -> str:
     return "\n".join(
         [
             "\nNext:",
-            f"  neuronlens sql {shown} separable_pairs",
-            f"  neuronlens ranges {shown} --tau 1.5 --salience cohens_d",
-            f"  neuronlens verify {shown}",
+            f"  neuronlens report {shown}",
+            f"  neuronlens sql {shown}",
+            f"  neuronlens ranges {shown} --tau 1.5 --salience f_ratio",
         ]
     )
 
