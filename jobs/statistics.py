@@ -1,4 +1,4 @@
-"""The statistics stage alone: DuckDB merges what was collected into moments, overlap and salience. For CPU nodes.
+"""The statistics stage alone: what was collected becomes moments, histograms, overlap and salience. For CPU nodes.
 
     python -m jobs.statistics s3://bucket/run
 

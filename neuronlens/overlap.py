@@ -138,23 +138,30 @@ def _score_neurons(first, last, first_pair_N, a_P, b_P, moments, counts, edges_E
     n_concepts = mean_NC.shape[1]
     share_CB, below_CB = np.zeros((n_concepts, N_BINS)), np.zeros((n_concepts, N_BINS + 1), np.int64)
     span_C2, total_C = np.zeros((n_concepts, 2), np.int64), np.zeros(n_concepts, np.int64)
+    cut_C2 = np.zeros((n_concepts, 2), np.int64)
     for i in range(first, last):
-        pairs_2 = first_pair_N[i : i + 2]
+        first_pair, end_pair = first_pair_N[i], first_pair_N[i + 1]
         for c in range(n_concepts):
             _spread(bin_X, n_X, start_NC[i, c], stop_NC[i, c], c, share_CB, below_CB, total_C, span_C2)
-        _score_gaussians(pairs_2, a_P, b_P, mean_NC[i], std_NC[i], lower_NC[i], upper_NC[i], score_SP)
-        _score_shared(pairs_2, a_P, b_P, share_CB, span_C2, score_SP)
+            cut_C2[c, 0], cut_C2[c, 1] = bin_index(lower_NC[i, c]), bin_index(upper_NC[i, c])
+        for p in range(first_pair, end_pair):
+            a, b = a_P[p], b_P[p]
+            score_SP[OVL_GAUSSIAN, p] = gaussian_overlap(mean_NC[i, a], std_NC[i, a], mean_NC[i, b], std_NC[i, b])
+            score_SP[BHATTACHARYYA, p] = bhattacharyya(mean_NC[i, a], std_NC[i, a], mean_NC[i, b], std_NC[i, b])
+            score_SP[RANGE_JACCARD, p] = range_jaccard(lower_NC[i, a], upper_NC[i, a], lower_NC[i, b], upper_NC[i, b])
+        _score_shared(first_pair, end_pair, a_P, b_P, share_CB, span_C2, score_SP)
         _score_inside(
-            pairs_2,
+            i,
+            (first_pair, end_pair),
             (a_P, b_P),
-            (lower_NC[i], upper_NC[i]),
-            (min_NC[i], max_NC[i]),
+            (lower_NC, upper_NC, min_NC, max_NC, cut_C2),
             (share_CB, below_CB, total_C, span_C2),
             edges_E,
             score_SP,
         )
         for c in range(n_concepts):
-            share_CB[c, span_C2[c, 0] : span_C2[c, 1]] = 0
+            for k in range(np.uint64(span_C2[c, 0]), np.uint64(span_C2[c, 1])):
+                share_CB[c, k] = 0
 
 
 @jit
@@ -183,19 +190,10 @@ def _spread(bin_X, n_X, start, stop, c, share_CB, below_CB, total_C, span_C2):  
         below_CB[c, k + np.uint64(1)] = below
 
 
-@jit
-def _score_gaussians(pairs_2, a_P, b_P, mean_C, std_C, lower_C, upper_C, score_SP):  # type: ignore[no-untyped-def]
-    for p in range(pairs_2[0], pairs_2[1]):
-        a, b = a_P[p], b_P[p]
-        score_SP[OVL_GAUSSIAN, p] = gaussian_overlap(mean_C[a], std_C[a], mean_C[b], std_C[b])
-        score_SP[BHATTACHARYYA, p] = bhattacharyya(mean_C[a], std_C[a], mean_C[b], std_C[b])
-        score_SP[RANGE_JACCARD, p] = range_jaccard(lower_C[a], upper_C[a], lower_C[b], upper_C[b])
-
-
 @_jit_sum
-def _score_shared(pairs_2, a_P, b_P, share_CB, span_C2, score_SP):  # type: ignore[no-untyped-def]
+def _score_shared(first_pair, end_pair, a_P, b_P, share_CB, span_C2, score_SP):  # type: ignore[no-untyped-def]
     """The overlapping coefficient: the sum of the smaller shares. NaN without one of the histograms."""
-    for p in range(pairs_2[0], pairs_2[1]):
+    for p in range(first_pair, end_pair):
         a, b = a_P[p], b_P[p]
         first, end = max(span_C2[a, 0], span_C2[b, 0]), min(span_C2[a, 1], span_C2[b, 1])
         total = 0.0
@@ -206,17 +204,16 @@ def _score_shared(pairs_2, a_P, b_P, share_CB, span_C2, score_SP):  # type: igno
 
 
 @jit
-def _score_inside(pairs_2, concepts, ranges, bounds, dense, edges_E, score_SP):  # type: ignore[no-untyped-def]
-    """The share of one concept's values inside the other's range: whole bins by their counts, and of the two bins that
-    hold the range's ends the part that is inside. NaN without a histogram or a range."""
-    (a_P, b_P), (lower_C, upper_C), (lowest_C, highest_C) = concepts, ranges, bounds
+def _score_inside(i, pairs, concepts, bounds, dense, edges_E, score_SP):  # type: ignore[no-untyped-def]
+    """The share of one concept's values inside the other's range: whole bins by their counts, and of the two bins
+    `cut_C2` that hold the range's ends the part that is inside. NaN without a histogram or a range."""
+    a_P, b_P = concepts
+    lower_NC, upper_NC, lowest_NC, highest_NC, cut_C2 = bounds
     share_CB, below_CB, total_C, span_C2 = dense
-    cut_C2 = np.empty((len(lower_C), 2), np.int64)
-    for c in range(len(lower_C)):
-        cut_C2[c, 0], cut_C2[c, 1] = bin_index(lower_C[c]), bin_index(upper_C[c])
-    for p in range(pairs_2[0], pairs_2[1]):
+    for p in range(pairs[0], pairs[1]):
         for score, owner, other in ((B_IN_A, a_P[p], b_P[p]), (A_IN_B, b_P[p], a_P[p])):
-            if span_C2[other, 1] == 0 or np.isnan(lower_C[owner]):
+            lower, upper = lower_NC[i, owner], upper_NC[i, owner]
+            if span_C2[other, 1] == 0 or np.isnan(lower):
                 score_SP[score, p] = np.nan
                 continue
             first_cut, last_cut = cut_C2[owner, 0], cut_C2[owner, 1]
@@ -224,9 +221,9 @@ def _score_inside(pairs_2, concepts, ranges, bounds, dense, edges_E, score_SP): 
             inside = (below_CB[other, end] - below_CB[other, first]) / total_C[other] if first < end else 0.0
             for k in range(first_cut, last_cut + 1, max(1, last_cut - first_cut)):
                 if share_CB[other, k] > 0:
-                    bottom = clipped(edges_E[k], lowest_C[other], highest_C[other])
-                    top = clipped(edges_E[k + 1], lowest_C[other], highest_C[other])
-                    inside += share_CB[other, k] * part_inside(bottom, top, lower_C[owner], upper_C[owner])
+                    bottom = clipped(edges_E[k], lowest_NC[i, other], highest_NC[i, other])
+                    top = clipped(edges_E[k + 1], lowest_NC[i, other], highest_NC[i, other])
+                    inside += share_CB[other, k] * part_inside(bottom, top, lower, upper)
             score_SP[score, p] = min(1.0, inside)
 
 

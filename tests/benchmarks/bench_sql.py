@@ -10,6 +10,7 @@ query under a limit that it does not fit in.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import statistics
@@ -197,30 +198,39 @@ def _query_to_parquet(case: Case, n_threads: int, out: str, spill: str) -> tuple
 
 
 def _pairs(case: Case, n_threads: int, out: str, spill: str) -> tuple[float, int]:
+    bumps = _bumps(case)
     started = time.perf_counter()
-    n_rows = sum(pairs_of(block, tau=2.5, n_threads=n_threads).num_rows for block in _blocks(case, n_threads))
+    blocks = _blocks(bumps, case, n_threads)
+    n_rows = sum(pairs_of(block, tau=2.5, n_threads=n_threads).num_rows for block in blocks)
     return time.perf_counter() - started, n_rows
 
 
 def _pairs_to_parquet(case: Case, n_threads: int, out: str, spill: str) -> tuple[float, int]:
+    bumps = _bumps(case)
     started = time.perf_counter()
     with RowsFile(out, PAIRS_SCHEMA, SCORES, {}) as file:
-        for block in _blocks(case, n_threads):
+        for block in _blocks(bumps, case, n_threads):
             file.add(pairs_of(block, tau=2.5, n_threads=n_threads))
     return time.perf_counter() - started, pq.read_metadata(out).num_rows
 
 
 def _distributions(case: Case, n_threads: int, out: str, spill: str) -> tuple[float, int]:
+    bumps = _bumps(case)
     started = time.perf_counter()
-    n_rows = sum(distributions_of(block, n_threads=n_threads).num_rows for block in _blocks(case, n_threads))
+    blocks = _blocks(bumps, case, n_threads)
+    n_rows = sum(distributions_of(block, n_threads=n_threads).num_rows for block in blocks)
     return time.perf_counter() - started, n_rows
 
 
-def _blocks(case: Case, n_threads: int) -> Iterator[Bumps]:
-    """As the statistics stage goes through a layer: from the files of moments and merged histograms."""
-    [moments], [merged] = case.files["moments"], case.files["histograms"]
-    columns = ["neuron", "concept", "mean", "std", "min", "max"]
-    bumps, counts = Bumps.of(pq.read_table(moments, columns=columns), **AT), open_counts(merged)
+def _bumps(case: Case) -> Bumps:
+    """The moments, which the stage reads once for all its passes."""
+    [moments] = case.files["moments"]
+    return Bumps.of(pq.read_table(moments, columns=["neuron", "concept", "mean", "std", "min", "max"]), **AT)
+
+
+def _blocks(bumps: Bumps, case: Case, n_threads: int) -> Iterator[Bumps]:
+    """As the statistics stage goes through the merged histograms of a layer."""
+    counts = open_counts(case.files["histograms"][0])
     for block in bumps.blocks(neurons_a_block(len(bumps.concepts))):
         rows = read_counts(counts, block.first, block.last, n_threads=n_threads)
         yield block.with_counts(rows, n_threads=n_threads)
@@ -234,7 +244,8 @@ def _peak_resident_bytes() -> int:
 
 def _watch(spill: Path, n_spilled: list[int], done: threading.Event) -> None:
     while not done.wait(0.02):
-        n_spilled[0] = max(n_spilled[0], sum(_size(path) for path in spill.rglob("*")))
+        with contextlib.suppress(FileNotFoundError):  # DuckDB removed a folder meanwhile
+            n_spilled[0] = max(n_spilled[0], sum(_size(path) for path in spill.rglob("*")))
 
 
 def _size(path: Path) -> int:
@@ -307,7 +318,8 @@ def _write_histograms(folder: Path, concepts: Sequence[str], args: argparse.Name
         columns |= dict.fromkeys(("skewness", "kurtosis"), np.zeros(n))
         columns |= {"min": x_NS.min(1), "max": x_NS.max(1), "mean_abs": np.abs(x_NS).mean(1, dtype=float)}
         moments.append(pa.table(_keys(np.arange(n), concept) | columns))
-    return _write(folder / "moments.parquet", moments, {"compression": "zstd"}), paths
+    whole = pa.concat_tables(moments).unify_dictionaries().combine_chunks()
+    return _write(folder / "moments.parquet", [whole], {"compression": "zstd"}), paths
 
 
 def _write_merged(folder: Path, concepts: Sequence[str], histograms: list[str], args: argparse.Namespace) -> str:
