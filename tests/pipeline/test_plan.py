@@ -106,12 +106,13 @@ def test_plan__drops_raw_values_that_pass_the_budget(place):
     assert make_plan(recipe(place, collect={"raw_budget": "1KB", "raw": "all"})).estimate.raw_kept
 
 
-@pytest.mark.parametrize("histograms", [True, False])
-def test_plan__counts_the_histograms_of_all_shards_once_more(histograms, place, small_shards):
-    """40 texts of each of three concepts, far fewer than there are bins: 40 bins a neuron at most."""
+@pytest.mark.parametrize(("histograms", "n_bins"), [(True, 40), (True, 7), (False, 0)])
+def test_plan__counts_the_histograms_of_all_shards_once_more(histograms, n_bins, place, small_shards, monkeypatch):
+    """40 texts of each of three concepts, in several shards: 40 bins a neuron at most, or as many as are ever used."""
+    monkeypatch.setattr("pipeline.plan.MERGED_BINS_USED", n_bins or 140)
     plan = make_plan(recipe(place, collect={"histograms": histograms}))
     width = sum(plan.description["widths"].values()) * len(plan.description["layers"])
-    assert plan.estimate.disk_bytes["merged_histograms"] == (width * 3 * 40 * 1.5 if histograms else 0)
+    assert plan.estimate.disk_bytes["merged_histograms"] == width * 3 * n_bins * 1.5
 
 
 def test_check_room__refuses_what_the_disk_cannot_hold(place, tmp_path, monkeypatch):
