@@ -18,7 +18,7 @@ from neuronlens.retry import StoreUnusable
 from neuronlens.store import Store
 from pipeline.lease import Lease, StoreHeld
 from pipeline.plan import load_shards
-from tests.pipeline.runs import assert_same_tables, recipe_file, run
+from tests.pipeline.runs import assert_same_tables, recipe_file
 from tests.s3 import S3Server
 
 
