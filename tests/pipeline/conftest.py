@@ -1,6 +1,7 @@
 """One Ray for all tests of the pipeline, and small data to run on."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,16 @@ def place(tmp_path_factory):
         ]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture
+def one_thread_each(monkeypatch):
+    """On some CPUs torch's matrix products round differently with other numbers of threads, and fewer workers get more
+    of them."""
+    from pipeline import driver
+    from pipeline.workers import choose_layout
+
+    monkeypatch.setattr(driver, "choose_layout", lambda *a, **k: replace(choose_layout(*a, **k), n_threads=1))
 
 
 @pytest.fixture

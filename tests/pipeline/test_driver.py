@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from neuronlens.ranges import RangeTable
 from neuronlens.recipe import ComputeSection, parse_recipe
 from neuronlens.store import Store
 from pipeline import driver
-from pipeline.workers import Layout, Spares, choose_layout
+from pipeline.workers import Layout, Spares
 from tests.pipeline.runs import ANSWERS, assert_same_tables, recipe, run, table_of
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
@@ -81,11 +80,9 @@ def test_run__partials_merge_to_what_sql_computes_from_the_raw_values(finished):
                 np.testing.assert_allclose(merged[name], raw[name], rtol=2e-5, atol=2e-6)
 
 
-def test_run__gives_the_same_for_one_worker_and_three(place, tmp_path, finished, monkeypatch):
-    """With a thread for each: on some CPUs torch's matrix products round differently with other numbers of threads, and
-    a worker alone would get all three cores."""
+@pytest.mark.usefixtures("one_thread_each")
+def test_run__gives_the_same_for_one_worker_and_three(place, tmp_path, finished):
     root, summary = finished
-    monkeypatch.setattr(driver, "choose_layout", lambda *a, **k: replace(choose_layout(*a, **k), n_threads=1))
     for n_workers in (1, 3):
         other = tmp_path / str(n_workers)
         again = run(

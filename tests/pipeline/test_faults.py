@@ -261,6 +261,7 @@ def test_run__does_not_mind_clocks_that_disagree(place, tmp_path, undisturbed):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread_each")
 @pytest.mark.parametrize("n_workers", [1, 7])
 def test_run__gives_the_same_for_any_number_of_workers(place, tmp_path, undisturbed, n_workers):
     run(place, tmp_path, compute={"workers": n_workers}, test=None)
