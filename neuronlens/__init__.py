@@ -7,15 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuronlens.client import Client
     from neuronlens.interventions import intervene
     from neuronlens.lens import Lens, open
     from neuronlens.programs import Program, Rule
     from neuronlens.ranges import RangeTable
 
-__all__ = ["Lens", "Program", "RangeTable", "Rule", "intervene", "open"]
+__all__ = ["Client", "Lens", "Program", "RangeTable", "Rule", "intervene", "open"]
 
 # The module is not called `intervene`: importing it would put itself in the function's place.
 _HOME = {
+    "Client": "neuronlens.client",
     "Lens": "neuronlens.lens",
     "Program": "neuronlens.programs",
     "RangeTable": "neuronlens.ranges",

@@ -116,6 +116,22 @@ class LoadedModel:
         trunk = trunk_of(self.module)
         return trunk(**self._inputs(batch, trunk))[0]
 
+    def hidden_after(self, ids_BT: Tensor, positions_BT: Tensor, masks: Any, cache: Any) -> Tensor:
+        """As `hidden`, for tokens that follow those in `cache` (a transformers Cache, which takes them up).
+
+        positions_BT counts from 0 in each text. masks is additive [B, 1, T, tokens in the cache], 0 where a token is
+        seen; for models whose layers differ, a dict of them by layer type.
+        """
+        trunk = trunk_of(self.module)
+        first = _first_position(config_of(self.module), causal=self._causal) or 0
+        return trunk(
+            input_ids=ids_BT,
+            position_ids=positions_BT + first,
+            attention_mask=masks,
+            past_key_values=cache,
+            use_cache=True,
+        )[0]
+
     def logits(self, hidden_XD: Tensor) -> Tensor:
         """Next-token logits [X, vocabulary] of chosen rows of `hidden`, exactly as the whole model gives them."""
         if self.kind != "decoder":

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -74,9 +74,21 @@ class Edit(BaseModel):
 
 
 class Rule(Edit):
-    """An edit of the values that belong to one concept."""
+    """An edit of the values that belong to one concept.
+
+    neurons: None means all that the table has of the concept, else these numbers within the named layers.
+    """
 
     concept: str
+    neurons: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+
+    @model_validator(mode="after")
+    def _neurons_have_a_layer(self) -> "Rule":
+        if self.neurons == ():
+            raise ValueError("neurons is empty, so the rule would change nothing; name some, or leave it out for all")
+        if self.neurons is not None and self.layers is None:
+            raise ValueError("neurons are numbered within a layer, and no layer was given; give layers too")
+        return self
 
     @classmethod
     def of(cls, edit: Edit, concept: str) -> "Rule":
@@ -102,8 +114,9 @@ class Rule(Edit):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SiteProgram:
-    """What happens at one (hook point, layer): R rules name neurons there, of N. All arrays are [R, N] float64.
+    """What happens at one (hook point, layer): R rules name neurons there, of N. Arrays [R, N] are float64.
 
+    rule_R says which of the program's rules each row is, ascending.
     x is inside rule r where lower_RN <= x <= upper_RN, which NaN never is; a neuron that the rule does not name has the
     bounds (inf, -inf), so nothing is inside. Inside, x becomes x * (a_RN + g_RN * |x - centre_RN|) + b_RN. Rules with
     constant_R replace x by b_RN alone (their a and g are 0), so that an infinite x cannot become NaN. g_RN and
@@ -112,6 +125,7 @@ class SiteProgram:
 
     hook_point: str
     layer: int
+    rule_R: np.ndarray
     lower_RN: np.ndarray
     upper_RN: np.ndarray
     a_RN: np.ndarray
@@ -156,8 +170,8 @@ class Program:
         if not parsed:
             raise UsageError("No rule was given, so nothing would change. Give one, such as {'concept': 'joy'}.")
         parts: dict[tuple[str, int], list[SiteProgram]] = {}
-        for rule in parsed:
-            for part in _compile_rule(table, rule):
+        for i, rule in enumerate(parsed):
+            for part in _compile_rule(table, rule, i):
                 parts.setdefault((part.hook_point, part.layer), []).append(part)
         sites = tuple(_stack(parts[key]) for key in sorted(parts))
         return cls(
@@ -177,15 +191,45 @@ class Program:
         return tuple(sorted({site.layer for site in self.sites}))
 
 
-def _compile_rule(table: RangeTable, rule: Rule) -> list[SiteProgram]:
-    """One rule's arrays [1, N] at every site where it names a neuron."""
-    rows = table.select(rule.concept, hook_points=rule.hook_points, layers=rule.layers, top_fraction=rule.top_fraction)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conflict:
+    """Two rules, by their places among the program's, whose ranges of one neuron share values."""
+
+    hook_point: str
+    layer: int
+    neuron: int
+    first: int
+    second: int
+
+
+def first_conflict(program: Program) -> Conflict | None:
+    """Where two rules disagree over a value, and so their order decides; None where no value is in two ranges."""
+    for site in program.sites:
+        for late in range(1, len(site.rule_R)):
+            lower_EN = np.maximum(site.lower_RN[:late], site.lower_RN[late])
+            shared_EN = lower_EN <= np.minimum(site.upper_RN[:late], site.upper_RN[late])
+            if shared_EN.any():
+                early, neuron = np.argwhere(shared_EN)[0].tolist()
+                first, second = int(site.rule_R[early]), int(site.rule_R[late])
+                return Conflict(hook_point=site.hook_point, layer=site.layer, neuron=neuron, first=first, second=second)
+    return None
+
+
+def _compile_rule(table: RangeTable, rule: Rule, place: int) -> list[SiteProgram]:
+    """The arrays [1, N] of one rule, the program's number `place`, at every site where it names a neuron."""
+    rows = table.select(
+        rule.concept,
+        hook_points=rule.hook_points,
+        layers=rule.layers,
+        neurons=rule.neurons,
+        top_fraction=rule.top_fraction,
+    )
     parts = []
     for hook_point in sorted(pc.unique(rows["hook_point"]).to_pylist()):
         at_hook_point = rows.filter(pc.equal(rows["hook_point"], hook_point))
         for layer in sorted(pc.unique(at_hook_point["layer"]).to_pylist()):
             here = at_hook_point.filter(pc.equal(at_hook_point["layer"], layer))
-            parts.append(_compile_site(rule, hook_point, layer, table.header.widths[hook_point], here))
+            parts.append(_compile_site(rule, place, hook_point, layer, table.header.widths[hook_point], here))
     if not parts:
         raise UsageError(
             f"Range table {table.id} has no neuron for the rule {rule.model_dump(exclude_defaults=True)}. Leave out "
@@ -194,7 +238,7 @@ def _compile_rule(table: RangeTable, rule: Rule) -> list[SiteProgram]:
     return parts
 
 
-def _compile_site(rule: Rule, hook_point: str, layer: int, width: int, rows: pa.Table) -> SiteProgram:
+def _compile_site(rule: Rule, place: int, hook_point: str, layer: int, width: int, rows: pa.Table) -> SiteProgram:
     neuron = rows["neuron"].to_numpy()
 
     def spread(values: np.ndarray | float, elsewhere: float = 0.0) -> np.ndarray:
@@ -208,6 +252,7 @@ def _compile_site(rule: Rule, hook_point: str, layer: int, width: int, rows: pa.
     return SiteProgram(
         hook_point=hook_point,
         layer=layer,
+        rule_R=np.array([place]),
         lower_RN=spread(lower, np.inf),
         upper_RN=spread(upper, -np.inf),
         a_RN=spread(a),
@@ -263,6 +308,7 @@ def _stack(parts: list[SiteProgram]) -> SiteProgram:
     return SiteProgram(
         hook_point=parts[0].hook_point,
         layer=parts[0].layer,
+        rule_R=np.concatenate([part.rule_R for part in parts]),
         lower_RN=stacked("lower_RN"),
         upper_RN=stacked("upper_RN"),
         a_RN=stacked("a_RN"),

@@ -1,9 +1,11 @@
-"""The ranges stage: from a store's moments and salience to an immutable range table."""
+"""The ranges stage: from a store's moments and salience to an immutable range table, and on to a server."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuronlens.errors import UsageError
+from neuronlens.client import Client, read_key
+from neuronlens.errors import NeuronLensError, UsageError
 from neuronlens.query import connect, run_file
 from neuronlens.ranges import RangeTable, TableModel
 from neuronlens.retry import retried
@@ -85,3 +87,21 @@ def load_table(store: Store, table_id: str | None) -> RangeTable:
             f"'neuronlens ranges {store.root}'."
         )
     return RangeTable.load(store.path(f"ranges/{table_id}"), store.fs)
+
+
+def publish_table(table: RangeTable, *, to: str, key_file: Path | None = None, kept_in: str | None = None) -> None:
+    """Upload a table to the server at `to`, with the key in a file or in the environment. The same again is no error.
+
+    Raises UsageError where the server refuses it, RunFailed where it fails; the sentence says how to go on with the
+    table, which is kept in the store `kept_in`.
+    """
+    key = read_key(key_file, scope="write") if key_file is not None else None
+    try:
+        with Client(to, key) as client:
+            client.publish(table)
+    except NeuronLensError as error:
+        if kept_in is None:
+            raise
+        raise type(error)(
+            f"{error} {table.id} is kept; send it later: neuronlens publish {kept_in} --table {table.id} --to {to}"
+        ) from error

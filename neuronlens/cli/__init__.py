@@ -22,10 +22,13 @@ from neuronlens.cli import diff
 from neuronlens.cli import recut
 
 # isort: split
+from neuronlens.cli import serve
+
+# isort: split
 from neuronlens.cli.app import app
 from neuronlens.console import command_line
 
-__all__ = ["app", "ask", "diff", "main", "recut", "runs", "see", "tables"]
+__all__ = ["app", "ask", "diff", "main", "recut", "runs", "see", "serve", "tables"]
 
 
 def main() -> None:

@@ -26,6 +26,16 @@ ChangesOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line on stdout.")]
 TableOption = Annotated[str | None, typer.Option("--table", help="A range table's id, where the store has several.")]
+PublishOption = Annotated[
+    str | None, typer.Option("--publish", help="Upload the table to this running server, such as http://host:8000.")
+]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file",
+        help="The server's key, in a file [default: the variables NEURONLENS_WRITE_KEY, NEURONLENS_API_KEY].",
+    ),
+]
 AddressOption = Annotated[
     str | None, typer.Option(help="The Ray dashboard, such as http://head:8265.", envvar="RAY_API_SERVER_ADDRESS")
 ]

@@ -1,12 +1,21 @@
-"""The commands around range tables: ranges, evaluate, verify."""
+"""The commands around range tables: ranges, publish, evaluate, verify."""
 
 from typing import Annotated
 
 import typer
 
-from neuronlens.cli.app import ChangesOption, JsonOption, StoreArgument, TableOption, app, open_store
+from neuronlens.cli.app import (
+    ChangesOption,
+    JsonOption,
+    KeyFileOption,
+    PublishOption,
+    StoreArgument,
+    TableOption,
+    app,
+    open_store,
+)
 from neuronlens.console import ConsoleReporter, print_json, stderr
-from neuronlens.errors import RunFailed
+from neuronlens.errors import RunFailed, UsageError
 
 
 @app.command(epilog="Example: `neuronlens ranges STORE --tau 2.0 --top-fraction 0.5`")
@@ -21,25 +30,65 @@ def ranges(
             "probe: `neuronlens sql STORE 'describe salience'`."
         ),
     ] = "mean_abs",
+    publish: PublishOption = None,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make another range table from the same statistics: no forward pass, seconds."""
     from neuronlens.recipe import RangesSection, parse_section
-    from pipeline.emit import emit_table
+    from pipeline.emit import emit_table, publish_table
 
+    opened = open_store(store)
     asked = parse_section(
         RangesSection, {"tau": tau, "top_fraction": top_fraction, "salience": salience}, origin="ranges"
     )
     table = emit_table(
-        open_store(store),
+        opened,
         tau=asked.tau,
         top_fraction=asked.top_fraction,
         salience=asked.salience,
         reporter=ConsoleReporter(stderr()),
     )
     stderr().print(f"{table.id}: {table.rows.num_rows:,} ranges, tau {tau:g}, top {top_fraction:.0%} by {salience}")
+    if publish is not None:
+        publish_table(table, to=publish, key_file=key_file, kept_in=opened.root)
+        stderr().print(f"published to {publish}", highlight=False)
     if as_json:
         print_json({"range_table": table.id, "rows": table.rows.num_rows})
+
+
+@app.command(epilog="Example: `neuronlens publish STORE --table tbl_0123456789abcdef --to http://host:8000`")
+def publish(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="TABLE", help="The folder of a range table, or a store.", show_default=False),
+    ],
+    to: Annotated[str, typer.Option(help="A running server, such as http://host:8000.", show_default=False)],
+    table: TableOption = None,
+    key_file: KeyFileOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a range table to a running server. The same table again is no error."""
+    from neuronlens.ranges import RangeTable
+    from neuronlens.store import Store
+    from pipeline.emit import load_table, publish_table
+
+    place = Store(source)
+    if place.exists("table.json"):
+        if table is not None:
+            raise UsageError(f"{source} is the folder of one range table; --table chooses from a store. Leave it out.")
+        chosen = RangeTable.load(place.root, place.fs)
+    elif place.exists("store.json"):
+        chosen = load_table(open_store(source), table)
+    else:
+        raise UsageError(
+            f"{source} has neither a table.json nor a store.json; expected the folder of a range table, "
+            "STORE/ranges/tbl_..., or a store."
+        )
+    publish_table(chosen, to=to, key_file=key_file)
+    stderr().print(f"{chosen.id}: {chosen.rows.num_rows:,} ranges published to {to}", highlight=False)
+    if as_json:
+        print_json({"range_table": chosen.id, "rows": chosen.rows.num_rows, "url": to})
 
 
 @app.command(epilog="Example: `neuronlens evaluate STORE --table tbl_0123456789abcdef --json`")

@@ -49,6 +49,8 @@ PARAMS = {
     "separable_pairs": {},
     "top_samples": LAYER_1 | {"neuron": 2},
     "neuron_card": LAYER_1 | {"neuron": 2, "tau": 2.5},
+    "neuron_cards": LAYER_1 | ALL_NEURONS,
+    "neuron_pairs": LAYER_1 | ALL_NEURONS,
     "neuron_histogram": LAYER_1 | {"neuron": 2},
     "probe_rows": LAYER_1,
     "probe_values": LAYER_1,

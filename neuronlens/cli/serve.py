@@ -1,0 +1,287 @@
+"""The command that serves range tables, and text steered by them: serve."""
+
+import json
+import os
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neuronlens.cli.app import app
+from neuronlens.console import print_json, stderr
+from neuronlens.errors import UsageError
+
+if TYPE_CHECKING:
+    from neuronlens.serving.catalog import Catalog
+    from neuronlens.serving.engine import Engine
+    from neuronlens.serving.server import Place
+    from neuronlens.serving.service import Service
+    from neuronlens.serving.settings import Limits
+
+_PLAIN = "plain"
+_N_SHOWN = 5
+
+
+class EngineName(StrEnum):
+    transformers = "transformers"
+
+
+def _limit(name: str, help: str, default: str) -> Any:
+    """An option whose default is that of `settings.Limits`, which is not imported for --help."""
+    least = 0.001 if name.endswith("-seconds") else 1
+    return typer.Option(name, min=least, help=f"{help} [default: {default}]", rich_help_panel="Limits")
+
+
+@app.command(
+    epilog="Examples: `neuronlens serve STORE` with the model that the store names · `neuronlens serve STORE --model "
+    "path/or/hub-id --port 8000 --api-key-file keys.txt` · `neuronlens serve STORE s3://bucket/other --tables-only` · "
+    "a free port, for a script: `neuronlens serve STORE --port 0 --json`. A key file has a line `read KEY` or "
+    "`write KEY` for each key."
+)
+def serve(
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="SOURCES...", help="Stores, and folders of single range tables.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model, a folder or a hub id [default: the one that the store names].")
+    ] = None,
+    engine: Annotated[EngineName, typer.Option(help="What runs the model.")] = EngineName.transformers,
+    tables_only: Annotated[bool, typer.Option("--tables-only", help="Serve range tables and cards, no text.")] = False,
+    host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for every address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="Keys; also in NEURONLENS_API_KEY (read) and NEURONLENS_WRITE_KEY.")
+    ] = None,
+    no_auth: Annotated[
+        int, typer.Option("--no-auth", count=True, help="Twice: listen on a public address without keys.")
+    ] = 0,
+    uploads: Annotated[
+        str | None, typer.Option(help="Where uploaded tables go, a folder or URL [default: the first store].")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="A Jinja file, or plain: messages line by line [default: the tokenizer's own]."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="A web origin whose pages may call the server. Repeatable.")
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put prompts and answers into the log.")] = False,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="What running requests get when the server ends.")] = 30,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Sequences in one forward pass.", rich_help_panel="Limits")
+    ] = 32,
+    max_body_bytes: Annotated[int | None, _limit("--max-body-bytes", "Of a request.", "2,000,000")] = None,
+    body_seconds: Annotated[float | None, _limit("--body-seconds", "A client may take to send it.", "30")] = None,
+    max_upload_bytes: Annotated[int | None, _limit("--max-upload-bytes", "Of a table.", "256,000,000")] = None,
+    max_upload_rows: Annotated[int | None, _limit("--max-upload-rows", "Of a table.", "20,000,000")] = None,
+    max_prompt_tokens: Annotated[int | None, _limit("--max-prompt-tokens", "Of a prompt.", "the window")] = None,
+    max_tokens: Annotated[int | None, _limit("--max-tokens", "That a request may ask for.", "the window")] = None,
+    max_sequences: Annotated[int | None, _limit("--max-sequences", "Of a request: prompts times n.", "32")] = None,
+    max_rules: Annotated[int | None, _limit("--max-rules", "Of an intervention.", "16")] = None,
+    max_programs: Annotated[int | None, _limit("--max-programs", "Distinct ones, at work or waiting.", "64")] = None,
+    max_queue: Annotated[int | None, _limit("--max-queue", "Sequences that wait.", "512")] = None,
+    request_seconds: Annotated[float | None, _limit("--request-seconds", "For a whole request.", "600")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout when the server is ready.")
+    ] = False,
+) -> None:
+    """Serve range tables over HTTP and, with a model, OpenAI's completions and chat, steered per request.
+
+    Ctrl-C or SIGTERM lets what runs finish; a second one ends it at once."""
+    _check_extra()
+    from neuronlens.recipe import parse_section
+    from neuronlens.serving.auth import Keys
+    from neuronlens.serving.cards import CardShelf
+    from neuronlens.serving.catalog import Catalog
+    from neuronlens.serving.logs import configure
+    from neuronlens.serving.metrics import Metrics
+    from neuronlens.serving.server import bind, serve_forever
+    from neuronlens.serving.service import Service
+    from neuronlens.serving.settings import Limits, Settings
+
+    given = {
+        "body_bytes": max_body_bytes,
+        "body_seconds": body_seconds,
+        "upload_bytes": max_upload_bytes,
+        "upload_rows": max_upload_rows,
+        "prompt_tokens": max_prompt_tokens,
+        "max_tokens": max_tokens,
+        "sequences": max_sequences,
+        "rules": max_rules,
+        "programs": max_programs,
+        "queue": max_queue,
+        "request_seconds": request_seconds,
+    }
+    limits = parse_section(
+        Limits, {name: value for name, value in given.items() if value is not None}, origin="neuronlens serve"
+    )
+    _check_model_options(sources, uploads, model, revision, tables_only=tables_only)
+    template = _chat_template(chat_template)
+    keys = Keys.load(api_key_file, os.environ, _warn)
+    place = bind(host, port, has_keys=bool(keys), no_auth=no_auth)
+    configure()
+    catalog = Catalog(sources or [], uploads=uploads)
+    running = None
+    if not tables_only:
+        running = _load(
+            catalog, model, engine, revision=revision, dtype=dtype, device=device, limits=limits, max_batch=max_batch
+        )
+    service = Service(
+        settings=Settings(
+            limits=limits,
+            log_prompts=log_prompts,
+            allowed_origins=tuple(allow_origin or ()),
+            trusted_hosts=place.trusted_hosts(has_keys=bool(keys)),
+        ),
+        catalog=catalog,
+        cards=CardShelf(catalog.stores, catalog),
+        keys=keys,
+        metrics=Metrics(),
+        engine=running,
+        chat_template=template,
+    )
+    serve_forever(
+        service, place, drain_seconds=drain_seconds, on_ready=lambda: _announce(service, place, as_json=as_json)
+    )
+
+
+def _check_extra() -> None:
+    try:
+        import fastapi
+        import prometheus_client
+        import structlog
+        import uvicorn
+        from uvicorn.protocols.http import httptools_impl
+    except ImportError as error:
+        raise UsageError(
+            f"The server's packages are not installed ({error}). Install them: pip install 'neuronlens[serve]'"
+        ) from error
+    del fastapi, prometheus_client, structlog, uvicorn, httptools_impl
+
+
+def _check_model_options(
+    sources: list[str] | None, uploads: str | None, model: str | None, revision: str | None, *, tables_only: bool
+) -> None:
+    if not sources and uploads is None:
+        raise UsageError(
+            "There is nothing to serve: name a store, such as neuronlens run printed, the folder of a range table, "
+            "STORE/ranges/tbl_..., or --uploads DIR."
+        )
+    if tables_only and model is not None:
+        raise UsageError(f"--tables-only serves no text, so --model {model} has no use. Drop one of the two.")
+    if revision is not None and model is None:
+        raise UsageError(f"--revision {revision} is a model's: give it together with --model.")
+
+
+def _chat_template(given: str | None) -> str | None:
+    if given is None or given == _PLAIN:
+        return given
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"--chat-template {given} cannot be read ({getattr(error, 'strerror', None) or error}). Expected a Jinja "
+            "template in a file, or plain."
+        ) from error
+
+
+def _load(
+    catalog: "Catalog",
+    model: str | None,
+    engine: EngineName,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str,
+    limits: "Limits",
+    max_batch: int,
+) -> "Engine":
+    """The engine, once the model is known to be there and to be the one that the tables are for."""
+    from neuronlens.identity import model_identity
+    from neuronlens.serving.logs import log
+
+    if model is None:
+        model, revision = _model_named_by(catalog)
+        try:
+            identity = model_identity(model, revision)
+        except UsageError as error:
+            raise UsageError(
+                f"No --model was given, and the one that the tables name cannot be had: {error} Give --model "
+                "PATH_OR_ID, or --tables-only."
+            ) from error
+    else:
+        identity = model_identity(model, revision)
+    fitting = catalog.config_hashes()
+    if fitting and identity.config_hash not in fitting:
+        names = sorted({f"{entry.header.model.id}" for entry in catalog.entries()})
+        raise UsageError(
+            f"{model} is not the model that the tables are for ({', '.join(names) or 'another'}): its config differs, "
+            "so no table could steer it. Give that one as --model, or --tables-only."
+        )
+    log.info("loading", model=model, engine=engine.value)
+    from neuronlens.serving.transformers_engine import TransformersEngine
+
+    return TransformersEngine.load(
+        model, revision=revision, dtype=dtype, device=device, limits=limits, max_batch=max_batch
+    )
+
+
+def _model_named_by(catalog: "Catalog") -> tuple[str, str | None]:
+    """The id and the revision of the one model that the stores, or else the tables, are of."""
+    named = [store.describe()["model"] for store in catalog.stores]
+    found = {(model["id"], model.get("revision")) for model in named}
+    found = found or {(entry.header.model.id, entry.header.model.revision) for entry in catalog.entries()}
+    if len(found) == 1:
+        id, revision = found.pop()
+        return id, None if Path(id).expanduser().is_dir() else revision
+    if not found:
+        raise UsageError("There is no table yet that names a model. Give --model PATH_OR_ID, or --tables-only.")
+    names = ", ".join(sorted(id for id, _ in found))
+    raise UsageError(
+        f"The sources are of several models: {names}. Say which one runs: --model PATH_OR_ID, or --tables-only."
+    )
+
+
+def _warn(sentence: str) -> None:
+    stderr().print(f"neuronlens: {sentence}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _announce(service: "Service", place: "Place", *, as_json: bool) -> None:
+    """Say on stderr, and to a script on stdout, that requests may come."""
+    from neuronlens.serving.logs import log
+
+    model = service.engine.facts.model_id if service.engine else None
+    tables = [entry.id for entry in service.catalog.entries()]
+    example = _example(service, place.url, model, tables)
+    console = stderr()
+    if console.is_terminal:
+        more = f" and {len(tables) - _N_SHOWN} more" if len(tables) > _N_SHOWN else ""
+        lines = [
+            f"listening    {place.url}   (docs: {place.url}/docs; Ctrl-C ends)",
+            f"model        {model or 'none: tables only'}",
+            f"tables       {', '.join(tables[:_N_SHOWN]) or 'none yet'}{more}",
+            "\nTry:",
+            f"  {example}",
+        ]
+        console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    else:
+        log.info("ready", url=place.url, model=model, tables=tables, example=example)
+    if as_json:
+        print_json({"url": place.url, "model": model, "tables": tables})
+
+
+def _example(service: "Service", url: str, model: str | None, tables: list[str]) -> str:
+    key = " -H 'Authorization: Bearer KEY'" if service.keys else ""
+    if model is None:
+        return f"curl {url}/v1/tables{key}"
+    asked: dict[str, Any] = {"model": model, "prompt": "i feel", "max_tokens": 20}
+    concept = next((name for store in service.catalog.stores for name in store.describe()["concepts"]), None)
+    if tables and concept:
+        asked["intervention"] = {"table": "latest", "rules": [{"concept": concept, "action": "zero"}]}
+    body = shlex.quote(json.dumps(asked, ensure_ascii=False))
+    return f"curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d {body}"

@@ -1,0 +1,102 @@
+"""The rules of many programs on float32 activations in the CPU's memory, compiled by numba: one pass over x.
+
+A chain of torch operations walks over x a dozen times and costs more to start than to run on a batch of single tokens
+(docs/benchmarks.md). The arithmetic is that of `neuronlens.interventions`, operation by operation, so that both give
+the same bits. Counts are 32 bits wide, like the values, so that one vector instruction handles as many of both.
+"""
+
+import numba
+import numpy as np
+
+LOWER, UPPER, A, B, G, CENTRE = range(6)
+"""Rows of numbers_FKN."""
+CONSTANT, ADAPTIVE = range(2)
+"""Rows of kinds_2K."""
+BANK, RULE = range(2)
+"""Rows of rules_2SR."""
+
+_jit = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+@_jit
+def replace_inside(  # type: ignore[no-untyped-def]
+    x_BTN, real_BT, slot_B, n_rules_S, rules_2SR, named_SN, numbers_FKN, kinds_2K, out_BTN, counts_BC
+):
+    """out_BTN becomes x_BTN (float32) with the values replaced that are inside a range of their row's program.
+
+    Row b runs under slot_B[b]; a slot with no rules here, and tokens that are not real, are copied. Rule r of slot s is
+    row k = rules_2SR[BANK, s, r] of numbers_FKN[:, k] and kinds_2K[:, k]; the first rule whose range contains the value
+    decides. named_SN is int32, 1 where a rule of the slot names the neuron. counts_BC (int64) grows: column 0 by the
+    finite values of named neurons, column 1 + rules_2SR[RULE, s, r] by the finite values that this rule replaced.
+    """
+    for b in range(x_BTN.shape[0]):
+        s = slot_B[b]
+        n_rules = n_rules_S[s]
+        for t in range(x_BTN.shape[1]):
+            x_N, out_N = x_BTN[b, t], out_BTN[b, t]
+            if n_rules == 0 or not real_BT[b, t]:
+                out_N[:] = x_N
+            elif n_rules == 1:
+                k = rules_2SR[BANK, s, 0]
+                tested, changed = _by_one_rule(x_N, named_SN[s], numbers_FKN[:, k], kinds_2K[:, k], out_N)
+                counts_BC[b, 0] += tested
+                counts_BC[b, 1 + rules_2SR[RULE, s, 0]] += changed
+            else:
+                rules_2R = rules_2SR[:, s, :n_rules]
+                counts_BC[b, 0] += _by_rules(x_N, named_SN[s], rules_2R, numbers_FKN, kinds_2K, out_N, counts_BC[b])
+
+
+@_jit
+def _by_one_rule(x_N, named_N, numbers_FN, kinds_2, out_N):  # type: ignore[no-untyped-def]
+    """The most common case, without branches in its loops, so that they become vector instructions."""
+    lower_N, upper_N, a_N, b_N = numbers_FN[LOWER], numbers_FN[UPPER], numbers_FN[A], numbers_FN[B]
+    g_N, centre_N = numbers_FN[G], numbers_FN[CENTRE]
+    tested, changed, zero = np.int32(0), np.int32(0), np.float32(0)
+    if kinds_2[CONSTANT]:
+        for j in range(x_N.shape[0]):
+            x = x_N[j]
+            finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
+            out_N[j] = b_N[j] if inside else x
+            tested = np.int32(tested + np.int32(named_N[j] & finite))
+            changed = np.int32(changed + np.int32(np.int32(inside) & finite))
+    elif kinds_2[ADAPTIVE]:
+        for j in range(x_N.shape[0]):
+            x = x_N[j]
+            finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
+            replaced = x * (a_N[j] + g_N[j] * abs(x - centre_N[j])) + b_N[j]
+            out_N[j] = replaced if inside else x
+            tested = np.int32(tested + np.int32(named_N[j] & finite))
+            changed = np.int32(changed + np.int32(np.int32(inside) & finite))
+    else:
+        for j in range(x_N.shape[0]):
+            x = x_N[j]
+            finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
+            replaced = x * a_N[j] + b_N[j]
+            out_N[j] = replaced if inside else x
+            tested = np.int32(tested + np.int32(named_N[j] & finite))
+            changed = np.int32(changed + np.int32(np.int32(inside) & finite))
+    return tested, changed
+
+
+@_jit
+def _by_rules(x_N, named_N, rules_2R, numbers_FKN, kinds_2K, out_N, counts_C):  # type: ignore[no-untyped-def]
+    """Several rules; returns how many values were tested, and adds what each rule changed to counts_C."""
+    tested = 0
+    for j in range(x_N.shape[0]):
+        x = x_N[j]
+        finite = np.int32(x - x == 0)
+        tested += named_N[j] & finite
+        out_N[j] = x
+        for r in range(rules_2R.shape[1]):
+            k = rules_2R[BANK, r]
+            if numbers_FKN[LOWER, k, j] <= x <= numbers_FKN[UPPER, k, j]:
+                a, b = numbers_FKN[A, k, j], numbers_FKN[B, k, j]
+                if kinds_2K[CONSTANT, k]:
+                    out_N[j] = b
+                elif kinds_2K[ADAPTIVE, k]:
+                    out_N[j] = x * (a + numbers_FKN[G, k, j] * abs(x - numbers_FKN[CENTRE, k, j])) + b
+                else:
+                    out_N[j] = x * a + b
+                counts_C[1 + rules_2R[RULE, r]] += finite
+                break
+    return tested
