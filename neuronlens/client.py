@@ -105,7 +105,7 @@ class Client:
     def _json(self, path: str, params: _Params = ()) -> Any:
         return self._parsed(self._content(path, params, _JSON))
 
-    def _parsed(self, content: bytes | "_Answer") -> Any:
+    def _parsed(self, content: "bytes | _Answer") -> Any:
         try:
             return json.loads(content.body if isinstance(content, _Answer) else content)
         except ValueError as error:

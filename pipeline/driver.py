@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import ray
 
+from neuronlens.cluster import ray_cluster
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import Recipe
@@ -319,32 +320,8 @@ def ray_session(n_cpus: int | None = None) -> Iterator[None]:
         return
     threading.Thread(target=_import_libraries, daemon=True).start()
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        _join(os.environ["RAY_ADDRESS"])
-    else:
-        ray.init(
-            address="local",
-            num_cpus=n_cpus,
-            include_dashboard=False,
-            logging_level="ERROR",
-            log_to_driver=False,
-            configure_logging=True,
-        )
-    try:
+    with ray_cluster(n_cpus=n_cpus):
         yield
-    finally:
-        ray.shutdown()
-
-
-def _join(address: str) -> None:
-    try:
-        ray.init(logging_level="ERROR", log_to_driver=False)
-    except (ray.exceptions.AuthenticationError, ConnectionError, ValueError) as error:
-        raise UsageError(
-            f"No Ray cluster lets us in at RAY_ADDRESS={address} ({str(error).strip().splitlines()[0]}). Expected the "
-            "address of a running head, such as 10.0.0.1:6379; where the cluster wants a token, set "
-            "RAY_AUTH_MODE=token. Without RAY_ADDRESS the run uses this machine."
-        ) from error
 
 
 def _import_libraries() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from neuronlens.ranges import SCHEMA, RangeTable
+from neuronlens.ranges import SCHEMA
 from tests.range_tables import row, table_of
 
 GOOD = table_of(
@@ -79,7 +79,7 @@ def nested(depth: int) -> bytes:
     kind: pa.DataType = pa.int32()
     for _ in range(depth):
         kind = pa.list_(kind)
-    return parquet(pa.table({"neuron": pa.array([None], kind)}))
+    return parquet(pa.table({"neuron": pa.array([None] * 3, kind)}))
 
 
 def flipped(content: bytes, seed: int) -> bytes:
@@ -161,6 +161,11 @@ BAD: dict[str, tuple[Callable[[], tuple[bytes, bytes]], int, str]] = {
         400,
         "Missing: upper; not among them: none",
     ),
+    "a column of names missing": (
+        lambda: (GOOD_JSON, parquet(GOOD.rows.drop_columns("concept"))),
+        400,
+        "Missing: concept; not among them: none",
+    ),
     "a column too many": (
         lambda: (GOOD_JSON, parquet(GOOD.rows.append_column("colour", _FLOATS))),
         400,
@@ -171,7 +176,8 @@ BAD: dict[str, tuple[Callable[[], tuple[bytes, bytes]], int, str]] = {
         400,
         "there twice: mean",
     ),
-    "nested types": (lambda: (GOOD_JSON, nested(60)), 400, "Missing: hook_point"),
+    "nested types": (lambda: (GOOD_JSON, nested(10)), 400, "Missing: hook_point"),
+    "types nested too deeply": (lambda: (GOOD_JSON, nested(60)), 400, "too deeply nested"),
     "a name of a megabyte": (
         lambda: (GOOD_JSON, rows_with(concept=pa.array(["x" * 1_000_000] * 3))),
         400,
@@ -212,17 +218,3 @@ BAD: dict[str, tuple[Callable[[], tuple[bytes, bytes]], int, str]] = {
     "the two parts exchanged": (lambda: (GOOD_PARQUET, GOOD_JSON), 400, "no table.json"),
 }
 """What is wrong, the two files, the status of the answer, and what its sentence says."""
-
-
-def large(n_rows: int = 200_000, concept: str = "joy") -> RangeTable:
-    """A table of one concept in one layer, a row a neuron."""
-    rows = pa.table({field.name: _large_column(field, n_rows, concept) for field in SCHEMA}, schema=SCHEMA)
-    fields = GOOD.header.model_dump(include={"tau", "salience", "store_hash", "unit", "coverage", "created_with"})
-    return RangeTable.make(rows, **fields, top_fraction=1.0, model=GOOD.header.model, widths={"mlp_post": n_rows})
-
-
-def _large_column(field: pa.Field, n_rows: int, concept: str) -> pa.Array:
-    if field.name in ("neuron", "rank"):
-        return pa.array(range(int(field.name == "rank"), n_rows + int(field.name == "rank")), field.type)
-    value = {"hook_point": "mlp_post", "layer": 0, "concept": concept}.get(field.name, 1)
-    return pa.repeat(pa.scalar(value, field.type), n_rows)

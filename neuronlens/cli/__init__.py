@@ -25,10 +25,13 @@ from neuronlens.cli import recut
 from neuronlens.cli import serve
 
 # isort: split
+from neuronlens.cli import deploy
+
+# isort: split
 from neuronlens.cli.app import app
 from neuronlens.console import command_line
 
-__all__ = ["app", "ask", "diff", "main", "recut", "runs", "see", "serve", "tables"]
+__all__ = ["app", "ask", "deploy", "diff", "main", "recut", "runs", "see", "serve", "tables"]
 
 
 def main() -> None:

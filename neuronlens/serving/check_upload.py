@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from neuronlens.ranges import TableHeader
+    from neuronlens.ranges import RangeTable, TableHeader
 
 ROWS_PER_BATCH = 65_536
 MAX_NAME_BYTES = 256
@@ -55,41 +55,21 @@ def main() -> None:
         try:
             max_rows, header_file = int(sys.argv[1]), int(sys.argv[2])
             _limit(_MEMORY_BYTES, _CPU_SECONDS)
-            header = _read_header(header_file, max_rows)
-            n_bytes = os.fstat(0).st_size
-            memory = _MEMORY_BYTES + header.rows * _MEMORY_BYTES_PER_ROW + n_bytes * _MEMORY_BYTES_PER_BYTE
+            header = read_header(_content(header_file), max_rows)
+            memory = _MEMORY_BYTES + header.rows * _MEMORY_BYTES_PER_ROW + _size(0) * _MEMORY_BYTES_PER_BYTE
             _limit(memory, cpu_seconds(header.rows))
-            _accept(out, header, n_bytes, max_rows)
+            _accept(out, read_table(header, _content(0), max_rows))
         except Refused as refusal:
             _write(out, {"status": refusal.status, "code": refusal.code, "message": str(refusal)})
         except MemoryError:
             _write(out, _TOO_MUCH_MEMORY)
 
 
-def _accept(out: IO[bytes], header: "TableHeader", n_bytes: int, max_rows: int) -> None:
-    import pyarrow as pa
-
-    from neuronlens.errors import UsageError
-    from neuronlens.ranges import RangeTable
-
-    pa.set_cpu_count(1)
-    pa.set_io_thread_count(1)
-    try:
-        table = RangeTable.of(header, _read_rows(header, n_bytes, max_rows))
-        table.header_json()
-    except (UsageError, ValueError, RecursionError) as error:
-        raise Refused(f"The range table is not right: {error}{'' if str(error).endswith('.') else '.'}") from error
-    _write(out, {"status": 200, "header": table.header.model_dump()})
-    with pa.ipc.new_stream(out, table.rows.schema) as writer:
-        writer.write_table(table.rows, max_chunksize=ROWS_PER_BATCH)
-
-
-def _read_header(file: int, max_rows: int) -> "TableHeader":
+def read_header(text: bytes, max_rows: int) -> "TableHeader":
+    """The header in a table.json. Raises Refused where it is none, or speaks of more rows than the server takes."""
     from neuronlens.errors import UsageError
     from neuronlens.ranges import parse_header
 
-    with os.fdopen(file, "rb") as opened:
-        text = opened.read()
     try:
         header = parse_header(text.decode())
     except (ValueError, UsageError) as error:
@@ -98,19 +78,42 @@ def _read_header(file: int, max_rows: int) -> "TableHeader":
     return header
 
 
-def _read_rows(header: "TableHeader", n_bytes: int, max_rows: int) -> "pa.Table":
-    """The rows of the Parquet file on stdin, no more of them than the header says."""
+def read_table(header: "TableHeader", content: bytes, max_rows: int) -> "RangeTable":
+    """The table of a header and a Parquet file. Raises Refused where they are not right, or not each other's."""
+    from neuronlens.errors import UsageError
+    from neuronlens.ranges import RangeTable
+
+    try:
+        table = RangeTable.of(header, _read_rows(header, content, max_rows))
+        table.header_json()
+    except (UsageError, ValueError, RecursionError) as error:
+        raise Refused(f"The range table is not right: {str(error).rstrip('.')}.") from error
+    return table
+
+
+def _accept(out: IO[bytes], table: "RangeTable") -> None:
+    import pyarrow as pa
+
+    _write(out, {"status": 200, "header": table.header.model_dump()})
+    with pa.ipc.new_stream(out, table.rows.schema) as writer:
+        writer.write_table(table.rows, max_chunksize=ROWS_PER_BATCH)
+
+
+def _read_rows(header: "TableHeader", content: bytes, max_rows: int) -> "pa.Table":
+    """The rows of a Parquet file, no more of them than the header says."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with open(0, "rb", buffering=0, closefd=False) as file:
-            content = file.read(n_bytes)
-        parquet = pq.ParquetFile(pa.BufferReader(content), read_dictionary=["hook_point", "concept"])
-        _check_count(parquet.metadata.num_rows, "its Parquet footer says", max_rows)
-        if parquet.metadata.num_rows != header.rows:
-            raise Refused(f"table.json says {header.rows} rows, the Parquet file has {parquet.metadata.num_rows}.")
+        parquet = pq.ParquetFile(pa.BufferReader(content))
+        n_rows = parquet.metadata.num_rows
+        _check_count(n_rows, "its Parquet footer says", max_rows)
+        if n_rows != header.rows:
+            raise Refused(f"table.json says {header.rows} rows, the Parquet file has {n_rows}.")
         _check_types(parquet.schema_arrow)
+        # As dictionaries, names take no memory for each row that bears them.
+        names = ["hook_point", "concept"]
+        parquet = pq.ParquetFile(pa.BufferReader(content), metadata=parquet.metadata, read_dictionary=names)
         batches, n_rows = [], 0
         for batch in parquet.iter_batches(batch_size=ROWS_PER_BATCH, use_threads=False):
             n_rows += batch.num_rows
@@ -120,9 +123,9 @@ def _read_rows(header: "TableHeader", n_bytes: int, max_rows: int) -> "pa.Table"
             _check_names(batch)
             batches.append(batch)
         return pa.Table.from_batches(batches, parquet.schema_arrow)
+    except MemoryError:
+        raise
     except (OSError, pa.ArrowException, OverflowError) as error:
-        if isinstance(error, MemoryError):
-            raise
         raise Refused(f"The part 'rows' cannot be read as Parquet: {_first_line(error)}.") from error
 
 
@@ -197,6 +200,15 @@ _TOO_MUCH_MEMORY = {
     "message": "The range table takes more memory than one of its number of rows may. Write its Parquet file anew, "
     "with pyarrow or neuronlens, and send that.",
 }
+
+
+def _size(file: int) -> int:
+    return os.fstat(file).st_size
+
+
+def _content(file: int) -> bytes:
+    with open(file, "rb", closefd=False) as opened:
+        return opened.read(_size(file))
 
 
 def _write(out: IO[bytes], verdict: Mapping[str, Any]) -> None:

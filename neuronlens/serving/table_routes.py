@@ -139,7 +139,11 @@ _UPLOAD_BODY: dict[str, Any] = {
                         },
                         "rows": {"type": "string", "format": "binary", "description": "ranges.parquet"},
                     },
-                }
+                },
+                "encoding": {
+                    "header": {"contentType": "application/json"},
+                    "rows": {"contentType": "application/vnd.apache.parquet"},
+                },
             }
         },
     }

@@ -65,7 +65,7 @@ class TransformersEngine:
         cache_bytes: int | None = None,
         overrides: Mapping[str, str] | None = None,
     ) -> None:
-        self._loaded = loaded
+        self.loaded = loaded
         self._limits = limits
         self._batcher = Batcher(
             loaded,
@@ -126,7 +126,7 @@ class TransformersEngine:
 
     @property
     def tokenizer(self) -> Any:
-        return self._loaded.tokenizer
+        return self.loaded.tokenizer
 
     @property
     def ready(self) -> bool:
@@ -135,7 +135,7 @@ class TransformersEngine:
     async def start(self) -> None:
         """Check the model, then begin to work. Raises UsageError for a model that cannot be run step by step."""
         self._loop = asyncio.get_running_loop()
-        await asyncio.to_thread(_check_steps, self._loaded)
+        await asyncio.to_thread(_check_steps, self.loaded)
         self._thread = threading.Thread(target=self._work, name="neuronlens-engine", daemon=True)
         self._thread.start()
         self._state = "ready"

@@ -110,9 +110,7 @@ def check_model(table: RangeTable, service: Service) -> None:
     for hook_point, layer in _sites(table):
         if layer not in facts.sites.get(hook_point, ()):
             there = ", ".join(map(str, facts.sites.get(hook_point, ()))) or "none"
-            raise _wrong_model(
-                f"it has ranges for {hook_point} in layer {layer}, the served model's layers are {there}"
-            )
+            raise _wrong_model(f"it has ranges for {hook_point} in layer {layer}, the served model has layers {there}")
 
 
 def _wrong_model(found: str) -> ApiError:

@@ -1,0 +1,346 @@
+"""The command that serves from several replicas on a Ray cluster: deploy."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+
+import typer
+import yaml
+
+from neuronlens.cli.app import JsonOption, app
+from neuronlens.console import print_json, stderr
+from neuronlens.errors import RunFailed, UsageError
+
+if TYPE_CHECKING:
+    from neuronlens.serving.ray_serve import DeployArgs
+    from neuronlens.serving.server import Place
+
+_AUTO = "auto"
+_KEEP_ALIVE_SECONDS = 75
+"""As `neuronlens serve` keeps connections."""
+_LOOK_SECONDS = 2.0
+_GRACE_SECONDS = 20.0
+_VITAL = ("raylet", "gcs_server")
+_IMPORT_PATH = "neuronlens.serving.ray_serve:build"
+
+
+@app.command(
+    epilog="Examples: `neuronlens deploy STORE --model path/or/hub-id --replicas 2` on this machine, until Ctrl-C · "
+    "`neuronlens deploy s3://bucket/run --model some/model --replicas 2 --max-replicas 8 --gpus-per-replica 1 "
+    "--address ray://head:10001 --host 0.0.0.0 --api-key-file /etc/neuronlens/keys.txt` on a cluster, where it stays "
+    "· `neuronlens deploy STORE --print-config > serve.yaml` for `serve deploy serve.yaml`."
+)
+def deploy(
+    sources: Annotated[
+        list[str] | None, typer.Argument(metavar="SOURCES...", help="Stores, and folders of single range tables.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model, a folder or a hub id [default: the one that the store names].")
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="Copies of the server, each with a model of its own.")] = 2,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="As many as the load needs, from --replicas up to this.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster [default: RAY_ADDRESS, else Ray is started on this machine]."),
+    ] = None,
+    gpus_per_replica: Annotated[str, typer.Option(help="auto is 1 where the cluster has GPUs.")] = _AUTO,
+    cpus_per_replica: Annotated[str, typer.Option(help="auto shares the cores of the cluster out.")] = _AUTO,
+    tables_only: Annotated[bool, typer.Option("--tables-only", help="Serve range tables and cards, no text.")] = False,
+    host: Annotated[str, typer.Option(help="Where each node listens; 0.0.0.0 for every address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one of this machine.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="Keys, a file on every node; also in NEURONLENS_API_KEY (read) and NEURONLENS_WRITE_KEY."),
+    ] = None,
+    no_auth: Annotated[
+        int, typer.Option("--no-auth", count=True, help="Twice: listen on a public address without keys.")
+    ] = 0,
+    uploads: Annotated[
+        str | None,
+        typer.Option(help="Where uploaded tables go, a folder or URL of all nodes [default: the first store]."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    max_batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass of a replica.")] = 32,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="A Jinja file, or plain: messages line by line [default: the tokenizer's own]."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="A web origin whose pages may call the server. Repeatable.")
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put prompts and answers into the log.")] = False,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=NUMBER", help="One of serve's limits: queue=256 is its --max-queue. Repeatable."),
+    ] = None,
+    drain_seconds: Annotated[float, typer.Option(min=0.1, help="What running requests get when a replica ends.")] = 30,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print Ray Serve's configuration, and start nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve from several replicas, as a Ray Serve application. A replica that dies is replaced.
+
+    Where no cluster is named, Ray is started here and ends with the command, after what runs has finished."""
+    _check_extra()
+    from neuronlens.cluster import ray_cluster
+    from neuronlens.recipe import parse_section
+    from neuronlens.serving.ray_serve import DeployArgs
+
+    given = {
+        "sources": tuple(map(_absolute, sources or ())),
+        "model": None if model is None else _absolute(model),
+        "uploads": None if uploads is None else _absolute(uploads, must_exist=False),
+        "chat_template": chat_template and _absolute(chat_template),
+        "api_key_file": None if api_key_file is None else str(api_key_file.absolute()),
+        "settings": {
+            "limits": _limits(limit or ()),
+            "log_prompts": log_prompts,
+            "allowed_origins": tuple(allow_origin or ()),
+        },
+        "revision": revision,
+        "tables_only": tables_only,
+        "dtype": dtype,
+        "max_batch": max_batch,
+        "replicas": replicas,
+        "max_replicas": max_replicas,
+        "drain_seconds": drain_seconds,
+    }
+    args = parse_section(DeployArgs, given, origin="neuronlens deploy")
+    is_ours = not (address or os.environ.get("RAY_ADDRESS"))
+    has_keys = _has_keys(api_key_file, must_exist=is_ours)
+    place = _place(host, port, has_keys=has_keys, no_auth=no_auth, is_ours=is_ours)
+    settings = args.settings.model_copy(update={"trusted_hosts": place.trusted_hosts(has_keys=has_keys)})
+    args = args.model_copy(update={"no_auth": not has_keys, "settings": settings})
+    if print_config:
+        typer.echo(_config(args, host, port), nl=False)
+        return
+    if is_ours:
+        _check_here(args)
+        port, url = urlsplit(place.url).port or port, place.url
+    else:
+        url = f"http://HEAD:{port}"
+    stderr().print("starting Ray" if is_ours else "joining the cluster", style="dim")
+    with ray_cluster(address):
+        args = args.model_copy(update=_shares(args, cpus_per_replica, gpus_per_replica))
+        if is_ours:
+            _check_room(args)
+        _start(args, host, port, is_ours=is_ours)
+        _announce(args, url, is_ours=is_ours, as_json=as_json)
+        if is_ours:
+            _serve_until_told(drain_seconds)
+
+
+def _check_extra() -> None:
+    try:
+        import fastapi
+        import prometheus_client
+        import structlog
+        from ray import serve
+    except ImportError as error:
+        raise UsageError(
+            f"The packages of the server or of Ray Serve are not installed ({error}). Install them: "
+            "pip install 'neuronlens[serve,deploy]'"
+        ) from error
+    del fastapi, prometheus_client, structlog, serve
+
+
+def _absolute(path: str, *, must_exist: bool = True) -> str:
+    """A local path in full, since replicas work in another folder; anything else (a URL, a hub id) as it is."""
+    local = Path(path).expanduser()
+    return str(local.absolute()) if "://" not in path and (local.exists() or not must_exist) else path
+
+
+def _limits(given: Sequence[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in given]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise UsageError(f"--limit {name} has no number. Expected NAME=NUMBER, such as queue=256.")
+    return {name.strip(): number.strip() for name, _, number in pairs}
+
+
+def _has_keys(file: Path | None, *, must_exist: bool) -> bool:
+    """Whether a key will guard the replicas. On this machine the file is read now; on a cluster they read their own."""
+    from neuronlens.serving.auth import READ_VARIABLE, WRITE_VARIABLE, Keys
+
+    if must_exist:
+        return bool(Keys.load(file, os.environ, _warn))
+    return file is not None or any(os.environ.get(name) for name in (READ_VARIABLE, WRITE_VARIABLE))
+
+
+def _place(host: str, port: int, *, has_keys: bool, no_auth: int, is_ours: bool) -> "Place":
+    """Where Serve will listen, once it is known that it may. On a cluster the port is another machine's."""
+    from neuronlens.serving.server import bind
+
+    place = bind(host, port if is_ours else 0, has_keys=has_keys, no_auth=no_auth)
+    place.socket.close()
+    return place
+
+
+def _check_here(args: "DeployArgs") -> None:
+    """What is wrong with the sources or the model is said now, and not by each replica."""
+    from neuronlens.serving.assembly import chat_template_of, chosen_model
+    from neuronlens.serving.catalog import Catalog
+
+    chat_template_of(args.chat_template)
+    catalog = Catalog(args.sources, uploads=args.uploads)
+    if not args.tables_only:
+        chosen_model(args, catalog)
+
+
+def _config(args: "DeployArgs", host: str, port: int) -> str:
+    """A Serve configuration file."""
+    from neuronlens.serving.ray_serve import NAME
+
+    content = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": host, "port": port, "keep_alive_timeout_s": _KEEP_ALIVE_SECONDS},
+        "applications": [
+            {
+                "name": NAME,
+                "route_prefix": "/",
+                "import_path": _IMPORT_PATH,
+                "args": args.model_dump(mode="json", exclude_defaults=True),
+            }
+        ],
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _shares(args: "DeployArgs", cpus: str, gpus: str) -> dict[str, float]:
+    """The CPUs and GPUs of each replica. Raises UsageError where they do not fit into Ray's cluster as it is, unless
+    that one can grow."""
+    import ray
+
+    there = ray.cluster_resources()
+    n_most = max(args.replicas, args.max_replicas or 0)
+    n_gpus = float(there.get("GPU", 0) > 0) if gpus == _AUTO else _number("--gpus-per-replica", gpus)
+    n_cpus = there.get("CPU", 1) / n_most if cpus == _AUTO else _number("--cpus-per-replica", cpus)
+    if cpus == _AUTO:
+        biggest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
+        n_cpus = min(float(int(n_cpus)) if n_cpus >= 1 else n_cpus, biggest or 1)
+    return {"cpus_per_replica": n_cpus, "gpus_per_replica": n_gpus}
+
+
+def _check_room(args: "DeployArgs") -> None:
+    """Raise UsageError where our own Ray has too little for the replicas: they would wait without an end."""
+    import ray
+
+    there = ray.cluster_resources()
+    for kind, each in (("CPU", args.cpus_per_replica), ("GPU", args.gpus_per_replica)):
+        wanted = each * (args.max_replicas or args.replicas)
+        if wanted > there.get(kind, 0):
+            raise UsageError(
+                f"{args.max_replicas or args.replicas} replicas with {each:g} {kind}s each want {wanted:g}, and this "
+                f"machine has {there.get(kind, 0):g}. Ask for fewer replicas, or for less with "
+                f"--{kind.lower()}s-per-replica."
+            )
+
+
+def _number(option: str, given: str) -> float:
+    try:
+        number = float(given)
+    except ValueError:
+        number = -1
+    if not 0 <= number < float("inf"):
+        raise UsageError(f"{option} {given} is neither auto nor a number of 0 or more.")
+    return number
+
+
+def _start(args: "DeployArgs", host: str, port: int, *, is_ours: bool) -> None:
+    from ray import serve
+
+    from neuronlens.serving.ray_serve import NAME, build
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(
+        proxy_location="HeadOnly" if is_ours else "EveryNode",
+        http_options={"host": host, "port": port, "keep_alive_timeout_s": _KEEP_ALIVE_SECONDS},
+    )
+    try:
+        serve.run(build(args), name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        application = serve.status().applications.get(NAME)
+        said = [found.message for found in application.deployments.values()] if application else []
+        logs = f" Their logs: {_logs()}" if is_ours else ""
+        raise RunFailed(f"The replicas did not start: {_sentence(said[0] if said else str(error))}{logs}") from error
+
+
+def _sentence(message: str) -> str:
+    """The last words of what Serve says of a replica: an error of ours where it ends in one."""
+    _, _, ours = message.rpartition("\nneuronlens.errors.")
+    return (ours.partition(": ")[2] or message.splitlines()[-1]).strip()
+
+
+def _logs() -> str:
+    import ray
+
+    return f"{ray._private.worker._global_node.get_session_dir_path()}/logs/serve"
+
+
+def _announce(args: "DeployArgs", url: str, *, is_ours: bool, as_json: bool) -> None:
+    n_replicas = f"{args.replicas} to {args.max_replicas}" if args.max_replicas else str(args.replicas)
+    lines = [
+        f"listening    {url}   (docs: {url}/docs{'; Ctrl-C ends' if is_ours else ''})",
+        f"replicas     {n_replicas}, with {args.cpus_per_replica:g} CPUs and {args.gpus_per_replica:g} GPUs each",
+    ]
+    if is_ours:
+        lines.append(f"logs         {_logs()}")
+    else:
+        lines.append("It stays: serve status says how it is, serve shutdown ends it.")
+    stderr().print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        print_json({"url": url, "replicas": args.replicas, "max_replicas": args.max_replicas})
+
+
+def _serve_until_told(drain_seconds: float) -> None:
+    """Wait for SIGTERM or Ctrl-C, then let the replicas finish what they have begun. A second signal ends it at once.
+
+    Raises RunFailed where Ray ends before."""
+    from ray import serve
+
+    from neuronlens.serving.ray_serve import NAME
+
+    told = threading.Event()
+
+    def tell(number: int, _: FrameType | None) -> None:
+        if told.is_set():
+            os._exit(128 + number)
+        told.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, tell)
+    while not told.wait(_LOOK_SECONDS) and not _ray_is_gone():
+        pass
+    # Ray may have died first, and does not let go of those who wait for it.
+    last_resort = threading.Timer(drain_seconds + _GRACE_SECONDS, os._exit, [1])
+    last_resort.daemon = True
+    last_resort.start()
+    if _ray_is_gone():
+        raise RunFailed(
+            "Ray ended on this machine, and the replicas with it. Expected it to run as long as this command: a signal "
+            "must go to this process alone, and memory must suffice for all replicas."
+        )
+    stderr().print("letting requests finish", style="dim")
+    serve.delete(NAME)
+    serve.shutdown()
+
+
+def _ray_is_gone() -> bool:
+    """Whether one of the processes that our own Ray cannot be without has ended."""
+    from ray._private.worker import _global_node as node
+
+    return node is not None and any(kind in _VITAL for kind, _ in node.dead_processes())
+
+
+def _warn(sentence: str) -> None:
+    stderr().print(f"neuronlens: {sentence}", style="yellow", highlight=False, markup=False, soft_wrap=True)
