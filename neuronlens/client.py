@@ -353,9 +353,9 @@ def _refusal(base_url: str, answer: _Answer) -> NeuronLensError:
     if answer.status >= 500:
         return RunFailed(said)
     if answer.status == 401:
-        said += f" Give Client an api_key, or set {KEY_VARIABLE}."
+        said += f" Give one (api_key, --api-key-file), or set {KEY_VARIABLE}."
     if answer.status == 403:
-        said += f" Give Client an api_key that may, or set {WRITE_KEY_VARIABLE}."
+        said += f" Give one that may (api_key, --api-key-file), or set {WRITE_KEY_VARIABLE}."
     return UsageError(said)
 
 

@@ -213,11 +213,12 @@ class RangeTable:
     def _demand(self, word: str, asked: Sequence[Any], column: pa.ChunkedArray, *within: str | None) -> None:
         """Raise UsageError where a value asked for is not in the column; `within` says what was chosen before."""
         there = sorted(pc.unique(column).to_pylist())
-        unknown = [str(value) for value in asked if value not in there]
+        known = set(there)
+        unknown = [str(value) for value in asked if value not in known]
         if unknown:
             chosen = " and ".join(name for name in within if name is not None)
             raise UsageError(
-                f"Range table {self.id} has no {word} {', '.join(unknown)}{' for ' if chosen else ''}{chosen}. "
+                f"Range table {self.id} has no {word} {_listed(unknown)}{' for ' if chosen else ''}{chosen}. "
                 f"It has: {_listed(there)}."
             )
 

@@ -22,6 +22,9 @@ from neuronlens.cli import diff
 from neuronlens.cli import recut
 
 # isort: split
+from neuronlens.cli import steer
+
+# isort: split
 from neuronlens.cli import serve
 
 # isort: split
@@ -31,7 +34,7 @@ from neuronlens.cli import deploy
 from neuronlens.cli.app import app
 from neuronlens.console import command_line
 
-__all__ = ["app", "ask", "deploy", "diff", "main", "recut", "runs", "see", "serve", "tables"]
+__all__ = ["app", "ask", "deploy", "diff", "main", "recut", "runs", "see", "serve", "steer", "tables"]
 
 
 def main() -> None:

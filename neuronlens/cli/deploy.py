@@ -114,6 +114,7 @@ def deploy(
         "replicas": replicas,
         "max_replicas": max_replicas,
         "drain_seconds": drain_seconds,
+        **_given_shares(cpus_per_replica, gpus_per_replica),
     }
     args = parse_section(DeployArgs, given, origin="neuronlens deploy")
     is_ours = not (address or os.environ.get("RAY_ADDRESS"))
@@ -131,7 +132,7 @@ def deploy(
         url = f"http://HEAD:{port}"
     stderr().print("starting Ray" if is_ours else "joining the cluster", style="dim")
     with ray_cluster(address):
-        args = args.model_copy(update=_shares(args, cpus_per_replica, gpus_per_replica))
+        args = args.model_copy(update=_own_shares(args))
         if is_ours:
             _check_room(args)
         _start(args, host, port, is_ours=is_ours)
@@ -216,19 +217,28 @@ def _config(args: "DeployArgs", host: str, port: int) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _shares(args: "DeployArgs", cpus: str, gpus: str) -> dict[str, float]:
-    """The CPUs and GPUs of each replica. Raises UsageError where they do not fit into Ray's cluster as it is, unless
-    that one can grow."""
+def _given_shares(cpus: str, gpus: str) -> dict[str, float]:
+    """What a replica shall have, as far as it was said."""
+    given = {"cpus_per_replica": cpus, "gpus_per_replica": gpus}
+    return {name: _number(name, text) for name, text in given.items() if text != _AUTO}
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UsageError(f"--{name.replace('_', '-')} is {text!r}; expected a number, or auto.") from error
+
+
+def _own_shares(args: "DeployArgs") -> dict[str, float]:
+    """What a replica gets of the cluster where nothing was said: a GPU if there are any, and its part of the cores."""
     import ray
 
     there = ray.cluster_resources()
-    n_most = max(args.replicas, args.max_replicas or 0)
-    n_gpus = float(there.get("GPU", 0) > 0) if gpus == _AUTO else _number("--gpus-per-replica", gpus)
-    n_cpus = there.get("CPU", 1) / n_most if cpus == _AUTO else _number("--cpus-per-replica", cpus)
-    if cpus == _AUTO:
-        biggest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=1)
-        n_cpus = min(float(int(n_cpus)) if n_cpus >= 1 else n_cpus, biggest or 1)
-    return {"cpus_per_replica": n_cpus, "gpus_per_replica": n_gpus}
+    biggest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    part = min(there.get("CPU", 1) / max(args.replicas, args.max_replicas or 0), biggest or 1)
+    auto = {"gpus_per_replica": float(there.get("GPU", 0) > 0), "cpus_per_replica": int(part) if part >= 1 else part}
+    return {name: value for name, value in auto.items() if name not in args.model_fields_set}
 
 
 def _check_room(args: "DeployArgs") -> None:
@@ -244,16 +254,6 @@ def _check_room(args: "DeployArgs") -> None:
                 f"machine has {there.get(kind, 0):g}. Ask for fewer replicas, or for less with "
                 f"--{kind.lower()}s-per-replica."
             )
-
-
-def _number(option: str, given: str) -> float:
-    try:
-        number = float(given)
-    except ValueError:
-        number = -1
-    if not 0 <= number < float("inf"):
-        raise UsageError(f"{option} {given} is neither auto nor a number of 0 or more.")
-    return number
 
 
 def _start(args: "DeployArgs", host: str, port: int, *, is_ours: bool) -> None:

@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.retry import StorageFailed
@@ -40,6 +41,8 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 _SHOWN = 80
 """How many characters of something that a client sent are repeated to it."""
 _N_FAULTS_SHOWN = 5
+_LONGEST = 4_000
+"""Characters of a message. Some sentences repeat names that a client sent, of which there may be a megabyte."""
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +79,7 @@ def envelope(error: ApiError) -> dict[str, Any]:
     param = None if error.param is None else _encodable(error.param)
     return {
         "error": {
-            "message": _encodable(error.message),
+            "message": _encodable(_short(error.message, _LONGEST)),
             "type": _type_of(error.status),
             "param": param,
             "code": error.code,
@@ -135,7 +138,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_exception(request: Request, error: HTTPException) -> JSONResponse:
-        return _noted(request, _of_http_exception(request, error), error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            headers["Allow"] = ", ".join(_offered(request))
+        return _noted(request, _of_http_exception(request, error), headers)
 
 
 def _type_of(status: int) -> str:
@@ -159,8 +165,19 @@ def _of_http_exception(request: Request, error: HTTPException) -> ApiError:
         if error.status_code == 404:
             message = f"There is no {asked}. GET /openapi.json lists what there is."
         elif error.status_code == 405:
-            message = f"{asked} is not offered. Offered: {(error.headers or {}).get('Allow', 'other methods')}."
+            message = f"{asked} is not offered. Offered: {', '.join(_offered(request))}."
     return ApiError(error.status_code, message, code=_CODES.get(error.status_code, "bad_request"))
+
+
+def _offered(request: Request) -> list[str]:
+    """The methods of this path: Starlette names those of the first route alone."""
+    methods = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+    scopes = ({**request.scope, "method": method} for method in methods)
+    return [
+        scope["method"]
+        for scope in scopes
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+    ]
 
 
 def _of_faults(request: Request, error: RequestValidationError) -> ApiError:
@@ -220,6 +237,8 @@ class _Fault:
 
     @property
     def expected(self) -> str:
+        if self.kind == "tuple_type":
+            return "a valid list"
         for start in ("Value error, ", "Assertion failed, ", "Input should be "):
             if self.reason.startswith(start):
                 return self.reason.removeprefix(start).rstrip(".")
@@ -265,8 +284,8 @@ def _shown(value: Any) -> str:
     return _short(repr(value))
 
 
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+def _short(text: str, n_characters: int = _SHOWN) -> str:
+    return text if len(text) <= n_characters else f"{text[:n_characters]}..."
 
 
 def _encodable(text: str) -> str:

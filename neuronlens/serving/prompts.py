@@ -10,8 +10,9 @@ from neuronlens.serving.errors import ApiError
 from neuronlens.serving.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from neuronlens.serving.settings import Limits
 
-PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-"""The messages' texts, one after the other: for models that were never taught turns."""
+PLAIN = "plain"
+"""Stands for the template that puts the messages' texts one after the other: for models that were taught no turns."""
+_PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 _COMPLETION_TOKENS = 16
 """OpenAI's default of max_tokens for completions; a chat goes on as far as the window allows."""
@@ -54,6 +55,7 @@ async def chat_prompt(engine: Engine, asked: ChatRequest, limits: Limits, templa
             code="no_chat_template",
             param="messages",
         )
+    template = _PLAIN_TEMPLATE if template == PLAIN else template
     messages = [message.as_template_input() for message in asked.messages]
     try:
         text = tokenizer.apply_chat_template(

@@ -81,6 +81,7 @@ def build(args: DeployArgs) -> Application:
     """The application that `serve.run` and Serve's configuration files take."""
 
     def application() -> FastAPI:
+        _settle_in(args)
         return application_of(args)
 
     deployment = serve.deployment(serve.ingress(application)(Replica), name=NAME, **deployment_options(args))
@@ -111,14 +112,11 @@ def deployment_options(args: DeployArgs) -> dict[str, Any]:
 
 
 def application_of(args: DeployArgs) -> FastAPI:
-    """The application of one replica, in its process. Raises UsageError where it may not start, or cannot."""
+    """The application of one replica. Raises UsageError where it may not start, or cannot."""
     from neuronlens.serving.app import create_app
     from neuronlens.serving.auth import Keys
-    from neuronlens.serving.logs import configure, log
+    from neuronlens.serving.logs import log
 
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(args.cpus_per_replica))))  # read when torch is imported
-    configure()
     path = None if args.api_key_file is None else Path(args.api_key_file)
     keys = Keys.load(path, os.environ, warn=log.warning)
     if not keys and not args.no_auth:
@@ -129,3 +127,12 @@ def application_of(args: DeployArgs) -> FastAPI:
     if args.device == "auto" and not args.gpus_per_replica:
         args = args.model_copy(update={"device": "cpu"})  # the GPUs of its node are others'
     return create_app(assemble(args, keys))
+
+
+def _settle_in(args: DeployArgs) -> None:
+    """Make the replica's process the server's."""
+    from neuronlens.serving.logs import configure
+
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(args.cpus_per_replica))))  # read when torch is imported
+    configure()

@@ -3,11 +3,11 @@
 One thing is added to OpenAI's shapes: `intervention`, in the request and in the answer.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
-from neuronlens.programs import Rule
+from neuronlens import programs
 from neuronlens.serving.engine import FinishReason, Phase
 
 MAX_STOPS = 16
@@ -35,8 +35,34 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 Int = Annotated[int, Field(strict=True)]
 Float = Annotated[float, Field(strict=True)]
 Bool = Annotated[bool, Field(strict=True)]
-TokenIds = Annotated[list[Int], Field(min_length=1)]
+
+T = TypeVar("T")
+# A list ends at its first fault: a sentence for each of 300,000 would take ten seconds, in which nobody is answered.
+Items = Annotated[list[T], Field(fail_fast=True)]
+FixedItems = Annotated[tuple[T, ...], Field(fail_fast=True)]
+
+Texts = Annotated[Items[str], Field(min_length=1)]
+TokenIds = Annotated[Items[Int], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
+# As a schema's bounds 2**63 is rounded, and promises more than there is.
+Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63), WithJsonSchema({"type": "integer", "format": "int64"})]
+
+
+class Rule(programs.Rule):
+    """What is done to the values that belong to one concept.
+
+    Inside the range, x becomes: zero: 0; mean: the concept's mean; set: `value`; dampen: `factor` * x; adaptive:
+    x * `factor` * |x - centre| / half width. Left out or null, layers, hook_points, neurons and top_fraction mean all
+    that the table has, and tau the table's own bounds.
+    """
+
+    factor: Float | None = Field(default=None, ge=0, le=1)
+    value: Float | None = Field(default=None, allow_inf_nan=False)
+    layers: FixedItems[Annotated[Int, Field(ge=0)]] | None = Field(default=None, json_schema_extra={"minItems": 1})
+    hook_points: FixedItems[str] | None = Field(default=None, json_schema_extra={"minItems": 1})
+    tau: Float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    top_fraction: Float | None = Field(default=None, gt=0, le=1)
+    neurons: FixedItems[Annotated[Int, Field(ge=0)]] | None = Field(default=None, json_schema_extra={"minItems": 1})
 
 
 class Intervention(BaseModel):
@@ -50,8 +76,8 @@ class Intervention(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     table: str = Field(default="latest", max_length=100)
-    rules: list[Rule] = Field(min_length=1)
-    phases: list[Phase] = Field(default=["prompt", "generation"], min_length=1, max_length=2)
+    rules: Items[Rule] = Field(min_length=1)
+    phases: Items[Phase] = Field(default=["prompt", "generation"], min_length=1, max_length=2)
     mode: Literal["range", "neuron"] = "range"
     conflicts: Literal["order", "refuse"] = "order"
     compare_baseline: Bool = False
@@ -75,8 +101,8 @@ class GenerationRequest(BaseModel):
     top_p: Float | None = Field(default=1.0, gt=0, le=1)
     n: Int | None = Field(default=1, ge=1)
     max_tokens: Int | None = Field(default=None, ge=1)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    seed: Int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[Items[Stop], Field(max_length=MAX_STOPS)] | None = None
+    seed: Seed | None = None
     stream: Bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, max_length=256)
@@ -115,7 +141,7 @@ class CompletionRequest(GenerationRequest):
     """POST /v1/completions. prompt: a text, token ids, or a list of either. logprobs: how many tokens beside the chosen
     one."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)] | TokenIds | Annotated[list[TokenIds], Field(min_length=1)]
+    prompt: str | Texts | TokenIds | Annotated[Items[TokenIds], Field(min_length=1)]
     logprobs: Int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
     @property
@@ -138,7 +164,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Items[TextPart]
     name: str | None = Field(default=None, max_length=256)
 
     def as_template_input(self) -> dict[str, str]:
@@ -149,7 +175,7 @@ class Message(BaseModel):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions. max_completion_tokens is the newer name of max_tokens."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     max_completion_tokens: Int | None = Field(default=None, ge=1)
     logprobs: Bool | None = False
     top_logprobs: Int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -122,7 +122,7 @@ class TableIndex:
         rows = self._rows_of(runs, filters)
         if filters.neurons is not None:
             rows = rows.filter(pa.array(np.isin(rows["neuron"].to_numpy(), filters.neurons)))
-        return rows if filters.limit is None else rows.slice(0, filters.limit)
+        return rows if filters.limit is None else rows.slice(0, min(filters.limit, rows.num_rows))
 
     def _rows_of(self, runs: Sequence[Run], filters: Filters) -> pa.Table:
         """The salient rows of these runs: views, joined where one ends at the next one's start."""

@@ -65,7 +65,7 @@ class Steering:
         does not have, 404 no such table, 409 a table of another model."""
         if len(asked.rules) > self._max_rules:
             raise _refused(f"The intervention has {len(asked.rules)} rules, at most {self._max_rules} are taken.")
-        table = self._catalog.get(asked.table)
+        table = self._table(asked.table)
         key = (table.id, asked.model_dump_json(include={"rules", "mode"}))
         kept = self._get(key)
         if kept is None:
@@ -76,6 +76,13 @@ class Steering:
         if asked.conflicts == "refuse":
             _refuse_conflicts(kept.program)
         return replace(kept, asked=asked)
+
+    def _table(self, asked: str) -> RangeTable:
+        try:
+            return self._catalog.get(asked)
+        except ApiError as error:
+            error.param = "intervention.table"
+            raise
 
     def _check_model(self, table: RangeTable) -> None:
         made_with = table.header.model
@@ -127,6 +134,8 @@ def _compiled(table: RangeTable, asked: Intervention) -> Steered:
 
 def _whole(rule: Rule) -> Rule:
     """The rule over every value of its neurons."""
+    if rule.action == "adaptive":
+        raise _refused('Action adaptive divides by the width of a range, and mode "neuron" has none. Take dampen.')
     return Rule.parse({**rule.model_dump(), "tau": math.inf})
 
 

@@ -22,6 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from neuronlens.serving.auth import may_read, may_write
 from neuronlens.serving.catalog import LATEST, TableEntry
 from neuronlens.serving.errors import ApiError, responses
+from neuronlens.serving.logs import note
 from neuronlens.serving.negotiation import best_coding, best_media_type, has_already, has_any
 from neuronlens.serving.representations import CODINGS, FORMATS, ROWS_PER_PIECE, VERSIONS, Format, encoded
 from neuronlens.serving.selection import Filters, TableIndex
@@ -225,6 +226,7 @@ def data(
     catalog = service_of(request).catalog
     # The newest must be whole before its name stands for it; a named one that the client has need not be read.
     entry = _found(request, id)[0] if id == LATEST else catalog.entry(id)
+    note(request, table=entry.id)
     cache_control, location = _freshness(request, id, entry)
     etag = _etag(f"{entry.id} {filters.digest()} {written.name} {coding} {VERSIONS}")
     headers = {
@@ -265,6 +267,7 @@ async def upload(request: Request) -> Response:
     which is a hash of its content, before it is kept: whole, or not at all. The same table again is no error."""
     service = service_of(request)
     table = await receive_table(request, service)
+    note(request, table=table.id)
     entry, created = await run_in_threadpool(service.catalog.add, table)
     index = await run_in_threadpool(service.catalog.index, entry.id)
     body = _detail(entry, index).model_dump_json()
@@ -278,6 +281,7 @@ async def upload(request: Request) -> Response:
 def _found(request: Request, table_id: str) -> tuple[TableEntry, TableIndex]:
     catalog = service_of(request).catalog
     index = catalog.index(table_id)
+    note(request, table=index.table.id)
     return catalog.entry(index.table.id), index
 
 

@@ -71,11 +71,11 @@ class TransformersEngine:
             loaded,
             max_batch=max_batch,
             max_programs=limits.programs,
-            cache_bytes=cache_bytes or _free_bytes(loaded.device),
+            cache_bytes=cache_bytes or free_bytes(loaded.device),
             overrides=dict(overrides or {}),
         )
         self._facts = _facts(loaded, model_id, config_hash, overrides or {})
-        self._stop_ids = _stop_ids(loaded)
+        self._stop_ids = stop_ids(loaded)
         self._streams: dict[Row, _RowStream] = {}
         self._programs: Counter[object] = Counter()
         self._inbox: deque[Row] = deque()
@@ -318,14 +318,14 @@ def _facts(loaded: LoadedModel, model_id: str, config_hash: str, overrides: Mapp
     )
 
 
-def _stop_ids(loaded: LoadedModel) -> frozenset[int]:
+def stop_ids(loaded: LoadedModel) -> frozenset[int]:
     """The tokens that end an answer: those of generation_config.json and the tokenizer's own."""
     named = getattr(getattr(loaded.module, "generation_config", None), "eos_token_id", None)
     listed = named if isinstance(named, list) else [named]
     return frozenset(i for i in [*listed, loaded.tokenizer.eos_token_id] if i is not None)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
     return int(psutil.virtual_memory().available * _CPU_SHARE)

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import neuronlens as library
 from tests.tiny_models import SENTENCES, save_tiny
 
 ANSWERS = {"joy": "<joy>", "anger": "<anger>"}
@@ -214,3 +215,46 @@ def test_job__ends_a_mistake_in_one_sentence(tmp_path):
     assert done.returncode == 2
     assert "There is no store at" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_steer__says_what_the_bare_model_says_with_and_without_the_ranges(finished, folder):
+    """The expected text is transformers' own generate on the bare model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    table_id = json.loads(finished.stdout)["range_table"]
+    done = neuronlens(
+        *("steer", "store", "i hate the way", "--concept", "joy", "--action", "set", "--value", "2.5", "--tau", "inf"),
+        *("--max-tokens", "9", "--json"),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    ids = tokenizer("i hate the way", return_tensors="pt")["input_ids"]
+
+    def said() -> str:
+        mask = torch.ones_like(ids)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)[0]
+        return tokenizer.decode([i for i in out[ids.shape[1] :].tolist() if i > 2])
+
+    assert found["baseline"] == said()
+    table = library.RangeTable.load(folder / "store" / "ranges" / table_id)
+    rule = {"concept": "joy", "action": "set", "value": 2.5, "tau": float("inf")}
+    with library.intervene(model, table, [rule]) as applied:
+        assert found["steered"] == said() != found["baseline"]
+    assert found["intervention"]["changed"] == found["intervention"]["tested"] == applied.changed
+    assert found["intervention"]["table"] == table_id
+
+
+def test_steer__refuses_what_cannot_be_steered(finished, folder):
+    for args, words in (
+        (["--concept", "envy"], ["anger, joy"]),
+        (["--concept", "joy", "--phase", "later"], ["prompt or generation"]),
+        (["--concept", "joy", "--max-tokens", "500"], ["64", "at most"]),
+        (["--concept", "joy", "--neuron", "3"], ["layer"]),
+    ):
+        done = neuronlens("steer", "store", "i hate", *args, cwd=folder)
+        assert done.returncode == 2, done.stderr
+        assert all(word in done.stderr for word in words), done.stderr

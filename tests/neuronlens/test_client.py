@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -94,7 +95,7 @@ def test_tables__are_listed_and_know_what_they_hold(client: Client) -> None:
     [
         ({"concept": "läs & 怒"}, lambda r: r["concept"] == "läs & 怒"),
         ({"concept": ["joy", "anger"], "layers": [0]}, lambda r: r["layer"] == 0),
-        ({"layers": range(1, 4), "hook_points": ["mlp_post"]}, lambda r: r["concept"] == "joy"),
+        ({"layers": range(3, 4), "hook_points": ["mlp_post"]}, lambda r: r["concept"] == "joy"),
         ({"neurons": {1, 2}, "layers": [0]}, lambda r: r["neuron"] in (1, 2)),
         ({"top_fraction": 0.25}, lambda r: r["rank"] == 1),
         ({"layers": []}, lambda r: False),
@@ -102,8 +103,6 @@ def test_tables__are_listed_and_know_what_they_hold(client: Client) -> None:
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
 def test_to_arrow__is_filtered(client: Client, folder: Path, filters: dict, keep) -> None:
-    if "layers" in filters and isinstance(filters["layers"], range):
-        filters["layers"] = [3]
     got = client.table().to_arrow(**filters)
     stored = pq.read_table(folder / "ranges" / TABLE.id / "ranges.parquet").to_pylist()
     assert got.schema == SCHEMA
@@ -145,7 +144,7 @@ def test_client__reads_what_was_compressed_on_its_way(url: str, monkeypatch: pyt
 
 
 def test_publish__uploads_once_and_needs_a_key_that_may(url: str, tmp_path: Path, monkeypatch) -> None:
-    with Client(url, READ_KEY) as client, pytest.raises(UsageError, match="may read only.*NEURONLENS_WRITE_KEY"):
+    with Client(url, READ_KEY) as client, pytest.raises(UsageError, match=r"may read only.*NEURONLENS_WRITE_KEY"):
         client.publish(NEWER)
     monkeypatch.setenv("NEURONLENS_API_KEY", READ_KEY)
     monkeypatch.setenv("NEURONLENS_WRITE_KEY", WRITE_KEY)
@@ -162,7 +161,7 @@ def test_publish__uploads_once_and_needs_a_key_that_may(url: str, tmp_path: Path
     ("ask", "message"),
     [
         (lambda client: client.table("tbl_" + "0" * 16), f"There is no range table.*{TABLE.id}"),
-        (lambda client: client.table("../../secret"), "There is no range table"),
+        (lambda client: client.table("../../secret"), "There is no"),
         (lambda client: client.table().to_arrow(concept="fear"), "no concept fear. It has:"),
         (lambda client: client.neuron("mlp_post", 0, 1), "404|There is no"),
     ],
@@ -173,7 +172,7 @@ def test_client__says_what_the_server_says(client: Client, ask, message: str) ->
 
 
 def test_client__says_how_to_give_a_key(url: str) -> None:
-    with Client(url) as client, pytest.raises(UsageError, match="Authorization: Bearer KEY.*NEURONLENS_API_KEY"):
+    with Client(url) as client, pytest.raises(UsageError, match=r"Authorization: Bearer KEY.*NEURONLENS_API_KEY"):
         client.tables()
 
 
@@ -254,7 +253,7 @@ def test_client__tries_again_where_the_server_is_busy_or_breaks_off(scripted) ->
     client, paths, pauses = scripted(None, busy(503), (200, whole, b'{"data"'), (502, {}, b"<html>"), OK)
     assert client.tables() == []
     assert len(paths) == 5
-    assert all(earlier * 0.9 < later for earlier, later in zip(pauses, pauses[1:], strict=False))
+    assert all(earlier * 0.9 < later for earlier, later in pairwise(pauses))
 
 
 def test_client__waits_as_long_as_the_server_says(scripted) -> None:

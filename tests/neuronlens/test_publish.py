@@ -1,7 +1,6 @@
 """From a store or a folder to a running server, by the command line, and by the emit stage."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.ranges import app as ranges_job
-from neuronlens.cli import app
+from neuronlens.cli import app, main
 from neuronlens.errors import NeuronLensError, RunFailed, UsageError
 from neuronlens.store import Store
 from pipeline.driver import Silent
@@ -116,8 +115,10 @@ def test_publish_table__says_where_the_table_is_kept(table, monkeypatch: pytest.
         publish_table(table, to="http://x:1")
 
 
-def test_publish__ends_with_a_sentence_and_an_exit_code(store: str, table) -> None:
-    command = [sys.executable, "-m", "neuronlens", "publish", f"{store}/ranges/{table.id}", "--to", "localhost:1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("neuronlens: 'localhost:1' is not the address of a server")
+def test_publish__ends_with_a_sentence_and_an_exit_code(store: str, table, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["neuronlens", "publish", f"{store}/ranges/{table.id}", "--to", "localhost:1"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    assert err.startswith("neuronlens: 'localhost:1' is not the address of a server")

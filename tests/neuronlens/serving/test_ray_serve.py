@@ -1,15 +1,17 @@
 """The server as a Ray Serve application: what it is built from, and two real replicas of a tiny model."""
 
+import asyncio
 import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -19,10 +21,13 @@ import httpx
 import openai
 import psutil
 import pytest
+import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
+from typer.testing import CliRunner, Result
 
 from neuronlens import Client, intervene
+from neuronlens.cli import app
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.identity import model_identity
 from neuronlens.models import LoadedModel, load_model
@@ -35,18 +40,18 @@ from tests.range_tables import row, table_of
 from tests.tiny_models import SENTENCES, save_tiny
 
 READ_KEY, WRITE_KEY = "nl-read-0123456789", "nl-write-0123456789"
+OURS = ("RAY_ADDRESS", "NEURONLENS_API_KEY", "NEURONLENS_WRITE_KEY")
 LONG = 900
 """Tokens of an answer that takes seconds."""
 
 
-def neuronlens(*args: Any, **environ: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "neuronlens", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment(**environ))
+def deploy(*args: Any) -> Result:
+    """The command in this process; errors come through."""
+    return CliRunner().invoke(app, ["deploy", *map(str, args)], catch_exceptions=False)
 
 
 def environment(**more: str) -> dict[str, str]:
-    ours = ("RAY_ADDRESS", "NEURONLENS_API_KEY", "NEURONLENS_WRITE_KEY")
-    return {name: value for name, value in os.environ.items() if name not in ours} | more
+    return {name: value for name, value in os.environ.items() if name not in OURS} | more
 
 
 # --- what it is built from ---
@@ -86,7 +91,7 @@ def test_replica__without_keys_does_not_start(tmp_path, monkeypatch):
     monkeypatch.delenv("NEURONLENS_API_KEY", raising=False)
     table = table_of([row("joy", 0, 1.0, 0.5)]).save(tmp_path)
     args = DeployArgs(sources=(table,), tables_only=True)
-    with pytest.raises(UsageError, match="found no keys.*api_key_file"):
+    with pytest.raises(UsageError, match=r"found no keys.*api_key_file"):
         application_of(args)
     assert not application_of(args.model_copy(update={"no_auth": True})).state.service.keys
     monkeypatch.setenv("NEURONLENS_API_KEY", READ_KEY)
@@ -100,8 +105,6 @@ async def _health_of(engine: Any) -> None:
 
 
 def test_replica__is_ill_where_its_engine_has_died():
-    import asyncio
-
     asyncio.run(_health_of(SimpleNamespace(ready=True)))
     asyncio.run(_health_of(None))
     with pytest.raises(RunFailed, match="engine of this replica has ended"):
@@ -116,16 +119,21 @@ def table_folder(tmp_path_factory) -> str:
     return table_of([row("joy", 0, 1.0, 0.5)]).save(tmp_path_factory.mktemp("table"))
 
 
-def test_deploy__prints_a_configuration_that_serve_takes_and_no_key_stands_in(table_folder, tmp_path):
+@pytest.fixture(autouse=True)
+def no_cluster_and_no_keys(monkeypatch):
+    for name in OURS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_deploy__prints_a_configuration_that_serve_takes_and_no_key_stands_in(table_folder, tmp_path, monkeypatch):
     keys = tmp_path / "keys.txt"
     keys.write_text(f"read {READ_KEY}\n")
     keys.chmod(0o600)
-    printed = neuronlens(
-        *("deploy", table_folder, "--tables-only", "--print-config", "--host", "0.0.0.0", "--port", 8123),
-        *("--max-replicas", 4, "--limit", "queue=9", "--api-key-file", keys),
-        NEURONLENS_WRITE_KEY=WRITE_KEY,
+    monkeypatch.setenv("NEURONLENS_WRITE_KEY", WRITE_KEY)
+    printed = deploy(
+        *(table_folder, "--tables-only", "--print-config", "--host", "0.0.0.0", "--port", 8123),
+        *("--max-replicas", 4, "--limit", "queue=9", "--api-key-file", keys, "--gpus-per-replica", 0.5),
     )
-    assert printed.returncode == 0, printed.stderr
     assert READ_KEY not in printed.stdout
     assert WRITE_KEY not in printed.stdout
     config = ServeDeploySchema.model_validate(yaml.safe_load(printed.stdout))
@@ -134,6 +142,7 @@ def test_deploy__prints_a_configuration_that_serve_takes_and_no_key_stands_in(ta
     assert (config.http_options.host, config.http_options.port) == ("0.0.0.0", 8123)
     assert application.import_path == f"{ray_serve.__name__}:build"
     assert (args.sources, args.max_replicas, args.settings.limits.queue) == ((table_folder,), 4, 9)
+    assert args.gpus_per_replica == 0.5
     assert (args.api_key_file, args.no_auth) == (str(keys), False)
 
 
@@ -146,21 +155,20 @@ def test_deploy__prints_a_configuration_that_serve_takes_and_no_key_stands_in(ta
         (["--limit", "queue=no"], "queue"),
         (["--max-replicas", "1"], "max_replicas is 1"),
         (["--uploads", "/proc/nothing"], "--uploads /proc/nothing cannot be used"),
-        (["--gpus-per-replica", "few"], "--gpus-per-replica few is neither"),
+        (["--gpus-per-replica", "few"], "--gpus-per-replica is 'few'; expected a number, or auto"),
+        (["--cpus-per-replica", "-1"], "cpus_per_replica"),
     ],
 )
 def test_deploy__says_what_is_wrong_before_it_starts_anything(table_folder, options, words):
-    refused = neuronlens("deploy", table_folder, "--tables-only", "--port", 0, *options)
-    assert refused.returncode == 2
-    assert words in " ".join(refused.stderr.split())
-    assert "starting Ray" not in refused.stderr
+    with pytest.raises(UsageError, match=re.escape(words)):
+        deploy(table_folder, "--tables-only", "--port", 0, *options)
+    assert not ray.is_initialized()
 
 
 def test_deploy__wants_the_model_of_the_tables(table_folder, tmp_path):
     other = save_tiny(tmp_path / "other", "llama")
-    refused = neuronlens("deploy", table_folder, "--model", other, "--port", 0)
-    assert refused.returncode == 2
-    assert "is not the model that the tables are for" in " ".join(refused.stderr.split())
+    with pytest.raises(UsageError, match="is not the model that the tables are for"):
+        deploy(table_folder, "--model", other, "--port", 0)
 
 
 # --- two replicas ---
@@ -256,9 +264,10 @@ def expected(deployed: Deployed, prompt: str, n_tokens: int, rules: Any) -> str:
     return str(deployed.loaded.tokenizer.decode([i for i in ids if i not in (0, 1, 2)]))
 
 
-def asked(prompt: str, n_tokens: int, rules: Any) -> dict[str, Any]:
-    steer: Mapping[str, Any] = {} if rules is None else {"extra_body": {"intervention": {"rules": rules}}}
-    return {"model": "tiny", "prompt": prompt, "max_tokens": n_tokens, "temperature": 0, **steer}
+def asked(deployed: Deployed, prompt: str, n_tokens: int, rules: Any) -> dict[str, Any]:
+    steer = {"intervention": {"table": deployed.table.id, "rules": rules}}
+    fields = {"model": "tiny", "prompt": prompt, "max_tokens": n_tokens, "temperature": 0}
+    return fields if rules is None else fields | {"extra_body": steer}
 
 
 @pytest.mark.slow
@@ -268,9 +277,9 @@ def test_replicas__say_what_the_model_says_alone(deployed, rules):
     deployed.wait_for(2, seconds=30)
     client = deployed.client()
     for _ in range(6):
-        answer = client.completions.create(**asked(prompt, 24, rules))
+        answer = client.completions.create(**asked(deployed, prompt, 24, rules))
         assert answer.choices[0].text == text
-        streamed = list(client.completions.create(**asked(prompt, 24, rules), stream=True))
+        streamed = list(client.completions.create(**asked(deployed, prompt, 24, rules), stream=True))
         assert "".join(chunk.choices[0].text for chunk in streamed) == text
         assert len(streamed) > 1
         for said in (answer, streamed[-1]) if rules else ():
@@ -291,7 +300,7 @@ def test_replicas__see_what_one_of_them_took(deployed):
     table = table_of(
         [row("joy", 3, 0.5, 0.25)], widths={"mlp_post": 40}, model=deployed.table.header.model, top_fraction=1.0
     )
-    client = Client(deployed.url, api_key=READ_KEY, write_key=WRITE_KEY)
+    client = Client(deployed.url, api_key=WRITE_KEY)
     assert client.publish(table) == table.id
     for _ in range(20):
         answer = httpx.get(f"{deployed.url}/v1/tables/{table.id}", headers={"Authorization": f"Bearer {READ_KEY}"})
@@ -311,7 +320,7 @@ def test_replicas__one_killed_under_load_costs_no_answer(deployed):
         while not stop.is_set():
             i = own.randrange(len(cases))
             try:
-                text = client.completions.create(**asked(*cases[i])).choices[0].text
+                text = client.completions.create(**asked(deployed, *cases[i])).choices[0].text
             except openai.OpenAIError as error:
                 wrong.append(repr(error))
             else:
@@ -335,7 +344,7 @@ def test_replicas__one_killed_under_load_costs_no_answer(deployed):
 def test_deploy__lets_streams_finish_and_ends_ray(deployed):
     text = expected(deployed, SENTENCES[1], LONG, JOY)
     children = psutil.Process(deployed.process.pid).children(recursive=True)
-    stream = deployed.client().completions.create(**asked(SENTENCES[1], LONG, JOY), stream=True)
+    stream = deployed.client().completions.create(**asked(deployed, SENTENCES[1], LONG, JOY), stream=True)
     said = next(iter(stream)).choices[0].text
     deployed.process.terminate()
     for chunk in stream:
