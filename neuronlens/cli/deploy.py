@@ -27,6 +27,8 @@ _KEEP_ALIVE_SECONDS = 75
 _LOOK_SECONDS = 2.0
 _GRACE_SECONDS = 20.0
 _VITAL = ("raylet", "gcs_server")
+_HEAD = "node:__internal_head__"
+"""The resource by which Ray marks the head node."""
 _IMPORT_PATH = "neuronlens.serving.ray_serve:build"
 
 
@@ -127,15 +129,14 @@ def deploy(
         return
     if is_ours:
         _check_here(args)
-        port, url = urlsplit(place.url).port or port, place.url
-    else:
-        url = f"http://HEAD:{port}"
+        port = urlsplit(place.url).port or port
     stderr().print("starting Ray" if is_ours else "joining the cluster", style="dim")
     with ray_cluster(address):
         args = args.model_copy(update=_own_shares(args))
         if is_ours:
             _check_room(args)
         _start(args, host, port, is_ours=is_ours)
+        url = place.url if is_ours else _url(host, port)
         _announce(args, url, is_ours=is_ours, as_json=as_json)
         if is_ours:
             _serve_until_told(drain_seconds)
@@ -285,6 +286,16 @@ def _logs() -> str:
     import ray
 
     return f"{ray._private.worker._global_node.get_session_dir_path()}/logs/serve"
+
+
+def _url(host: str, port: int) -> str:
+    """Where a cluster is reached: every node that has a replica listens, and the head."""
+    import ray
+
+    if host in ("0.0.0.0", "::"):
+        heads = [node for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"]]
+        host = heads[0]["NodeManagerAddress"] if heads else "HEAD"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _announce(args: "DeployArgs", url: str, *, is_ours: bool, as_json: bool) -> None:

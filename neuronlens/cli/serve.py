@@ -14,13 +14,9 @@ from neuronlens.console import print_json, stderr
 from neuronlens.errors import UsageError
 
 if TYPE_CHECKING:
-    from neuronlens.serving.catalog import Catalog
-    from neuronlens.serving.engine import Engine
     from neuronlens.serving.server import Place
     from neuronlens.serving.service import Service
-    from neuronlens.serving.settings import Limits
 
-_PLAIN = "plain"
 _N_SHOWN = 5
 
 
@@ -95,16 +91,12 @@ def serve(
     Ctrl-C or SIGTERM lets what runs finish; a second one ends it at once."""
     _check_extra()
     from neuronlens.recipe import parse_section
+    from neuronlens.serving.assembly import ServiceSpec, assemble
     from neuronlens.serving.auth import Keys
-    from neuronlens.serving.cards import CardShelf
-    from neuronlens.serving.catalog import Catalog
     from neuronlens.serving.logs import configure
-    from neuronlens.serving.metrics import Metrics
     from neuronlens.serving.server import bind, serve_forever
-    from neuronlens.serving.service import Service
-    from neuronlens.serving.settings import Limits, Settings
 
-    given = {
+    limits = {
         "body_bytes": max_body_bytes,
         "body_seconds": body_seconds,
         "upload_bytes": max_upload_bytes,
@@ -117,34 +109,29 @@ def serve(
         "queue": max_queue,
         "request_seconds": request_seconds,
     }
-    limits = parse_section(
-        Limits, {name: value for name, value in given.items() if value is not None}, origin="neuronlens serve"
-    )
-    _check_model_options(sources, uploads, model, revision, tables_only=tables_only)
-    template = _chat_template(chat_template)
+    given = {
+        "sources": tuple(sources or ()),
+        "uploads": uploads,
+        "model": model,
+        "revision": revision,
+        "engine": engine.value,
+        "tables_only": tables_only,
+        "dtype": dtype,
+        "device": device,
+        "max_batch": max_batch,
+        "chat_template": chat_template,
+        "settings": {
+            "limits": {name: limit for name, limit in limits.items() if limit is not None},
+            "log_prompts": log_prompts,
+            "allowed_origins": tuple(allow_origin or ()),
+        },
+    }
+    spec = parse_section(ServiceSpec, given, origin="neuronlens serve")
     keys = Keys.load(api_key_file, os.environ, _warn)
     place = bind(host, port, has_keys=bool(keys), no_auth=no_auth)
+    settings = spec.settings.model_copy(update={"trusted_hosts": place.trusted_hosts(has_keys=bool(keys))})
     configure()
-    catalog = Catalog(sources or [], uploads=uploads)
-    running = None
-    if not tables_only:
-        running = _load(
-            catalog, model, engine, revision=revision, dtype=dtype, device=device, limits=limits, max_batch=max_batch
-        )
-    service = Service(
-        settings=Settings(
-            limits=limits,
-            log_prompts=log_prompts,
-            allowed_origins=tuple(allow_origin or ()),
-            trusted_hosts=place.trusted_hosts(has_keys=bool(keys)),
-        ),
-        catalog=catalog,
-        cards=CardShelf(catalog.stores, catalog),
-        keys=keys,
-        metrics=Metrics(),
-        engine=running,
-        chat_template=template,
-    )
+    service = assemble(spec.model_copy(update={"settings": settings}), keys)
     serve_forever(
         service, place, drain_seconds=drain_seconds, on_ready=lambda: _announce(service, place, as_json=as_json)
     )
@@ -162,89 +149,6 @@ def _check_extra() -> None:
             f"The server's packages are not installed ({error}). Install them: pip install 'neuronlens[serve]'"
         ) from error
     del fastapi, prometheus_client, structlog, uvicorn, httptools_impl
-
-
-def _check_model_options(
-    sources: list[str] | None, uploads: str | None, model: str | None, revision: str | None, *, tables_only: bool
-) -> None:
-    if not sources and uploads is None:
-        raise UsageError(
-            "There is nothing to serve: name a store, such as neuronlens run printed, the folder of a range table, "
-            "STORE/ranges/tbl_..., or --uploads DIR."
-        )
-    if tables_only and model is not None:
-        raise UsageError(f"--tables-only serves no text, so --model {model} has no use. Drop one of the two.")
-    if revision is not None and model is None:
-        raise UsageError(f"--revision {revision} is a model's: give it together with --model.")
-
-
-def _chat_template(given: str | None) -> str | None:
-    if given is None or given == _PLAIN:
-        return given
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--chat-template {given} cannot be read ({getattr(error, 'strerror', None) or error}). Expected a Jinja "
-            "template in a file, or plain."
-        ) from error
-
-
-def _load(
-    catalog: "Catalog",
-    model: str | None,
-    engine: EngineName,
-    *,
-    revision: str | None,
-    dtype: str,
-    device: str,
-    limits: "Limits",
-    max_batch: int,
-) -> "Engine":
-    """The engine, once the model is known to be there and to be the one that the tables are for."""
-    from neuronlens.identity import model_identity
-    from neuronlens.serving.logs import log
-
-    if model is None:
-        model, revision = _model_named_by(catalog)
-        try:
-            identity = model_identity(model, revision)
-        except UsageError as error:
-            raise UsageError(
-                f"No --model was given, and the one that the tables name cannot be had: {error} Give --model "
-                "PATH_OR_ID, or --tables-only."
-            ) from error
-    else:
-        identity = model_identity(model, revision)
-    fitting = catalog.config_hashes()
-    if fitting and identity.config_hash not in fitting:
-        names = sorted({f"{entry.header.model.id}" for entry in catalog.entries()})
-        raise UsageError(
-            f"{model} is not the model that the tables are for ({', '.join(names) or 'another'}): its config differs, "
-            "so no table could steer it. Give that one as --model, or --tables-only."
-        )
-    log.info("loading", model=model, engine=engine.value)
-    from neuronlens.serving.transformers_engine import TransformersEngine
-
-    return TransformersEngine.load(
-        model, revision=revision, dtype=dtype, device=device, limits=limits, max_batch=max_batch
-    )
-
-
-def _model_named_by(catalog: "Catalog") -> tuple[str, str | None]:
-    """The id and the revision of the one model that the stores, or else the tables, are of."""
-    named = [store.describe()["model"] for store in catalog.stores]
-    found = {(model["id"], model.get("revision")) for model in named}
-    found = found or {(entry.header.model.id, entry.header.model.revision) for entry in catalog.entries()}
-    if len(found) == 1:
-        id, revision = found.pop()
-        return id, None if Path(id).expanduser().is_dir() else revision
-    if not found:
-        raise UsageError("There is no table yet that names a model. Give --model PATH_OR_ID, or --tables-only.")
-    names = ", ".join(sorted(id for id, _ in found))
-    raise UsageError(
-        f"The sources are of several models: {names}. Say which one runs: --model PATH_OR_ID, or --tables-only."
-    )
 
 
 def _warn(sentence: str) -> None:

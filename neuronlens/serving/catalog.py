@@ -38,6 +38,7 @@ _RESCAN_KNOWN_SECONDS = 10.0
 _TABLE_ID = re.compile(r"tbl_[0-9a-f]{16}")
 _N_NAMED = 20
 """How many tables an error names."""
+_RETRY_AFTER_SECONDS = 5
 _FOOTER_BYTES = 65_536
 """Enough for the footer of most tables."""
 _PASSING = (StorageFailed, StoreUnusable)
@@ -77,8 +78,10 @@ class Catalog:
         self._cache = _Cache(cache_bytes)
         self._scan_lock, self._add_lock = threading.Lock(), threading.Lock()
         self._listing = _Listing((), {}, {})
-        self._scan_started = -float("inf")
-        self._scan()
+        self._scan_started = time.monotonic()
+        for shelf in self._shelves:
+            shelf.scan()
+        self._list()
         for shelf in self._shelves:
             for fault in shelf.faults() if shelf.one_table else ():
                 raise UsageError(f"The range table at {shelf.store.root} cannot be served: {fault}.")
@@ -132,12 +135,8 @@ class Catalog:
                 return index
             # It was damaged, and is no longer in the listing: `entry` says so, or has the next newest.
 
-    def add(self, table: RangeTable) -> tuple[TableEntry, bool]:
-        """Save a table, whole or not at all; False where it was there already.
-
-        Raises ApiError 403 where the server has no place for uploads, or may not write there; 503 where the storage
-        fails.
-        """
+    def upload_store(self) -> Store:
+        """Where uploads go. Raises ApiError 403 where there is no such place."""
         if self._uploads is None:
             raise ApiError(
                 403,
@@ -145,11 +144,20 @@ class Catalog:
                 "DIR.",
                 code="uploads_disabled",
             )
+        return self._uploads
+
+    def add(self, table: RangeTable) -> tuple[TableEntry, bool]:
+        """Save a table, whole or not at all; False where it was there already.
+
+        Raises ApiError 403 where the server has no place for uploads, or may not write there; 503 where the storage
+        fails.
+        """
+        target = self.upload_store()
         with self._add_lock:
             try:
                 return self.entry(table.id), False
             except ApiError:
-                self._save(table, self._uploads)
+                self._save(table, target)
             index = TableIndex.of(table)
             self._rescan(0.0, wait=True)
             self._cache.put(table.id, index)
@@ -167,13 +175,7 @@ class Catalog:
                 code="uploads_disabled",
             ) from error
         except StorageFailed as error:
-            log.error("upload not saved", reason=str(error))
-            raise ApiError(
-                503,
-                "The server's storage failed; the table was not saved. Send it again.",
-                code="storage_failed",
-                retry_after_seconds=5,
-            ) from error
+            raise _storage_failed(error, "the table was not saved. Send it again.") from error
 
     def _load(self, entry: TableEntry) -> TableIndex | None:
         """The rows of a table, now in memory; None where they turn out to be damaged, and the listing goes without."""
@@ -182,8 +184,8 @@ class Catalog:
             return None
         try:
             index = TableIndex.of(RangeTable.load(entry.source, shelf.store.fs))
-        except _PASSING:
-            raise
+        except _PASSING as error:
+            raise _storage_failed(error, f"{entry.id} cannot be read now. Ask again.") from error
         except (UsageError, RunFailed) as error:
             with self._scan_lock:
                 shelf.set_aside(entry.source, str(error))
@@ -219,15 +221,16 @@ class Catalog:
         try:
             if self._scan_started < asked - max_age:
                 self._scan()
-        except _PASSING as error:
-            log.warning("tables not listed again", reason=str(error))
         finally:
             self._scan_lock.release()
 
     def _scan(self) -> None:
         self._scan_started = time.monotonic()
         for shelf in self._shelves:
-            shelf.scan()
+            try:
+                shelf.scan()
+            except _PASSING as error:
+                log.warning("tables not listed again", source=shelf.store.root, reason=str(error))
         self._list()
 
     def _list(self) -> None:
@@ -363,6 +366,13 @@ class _Cache:
         """Held by the one thread that reads this table."""
         with self._lock:
             return self._loading.setdefault(table_id, threading.Lock())
+
+
+def _storage_failed(error: RunFailed, what: str) -> ApiError:
+    log.error("storage failed", reason=str(error))
+    return ApiError(
+        503, f"The server's storage failed; {what}", code="storage_failed", retry_after_seconds=_RETRY_AFTER_SECONDS
+    )
 
 
 def _footer(fs: Any, path: str) -> bytes:

@@ -79,11 +79,16 @@ def request_id_of(request: HTTPConnection) -> str:
 
 
 def _for_machines() -> list[Processor]:
-    return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    return [structlog.processors.format_exc_info, _in_order, structlog.processors.JSONRenderer(default=str)]
 
 
 def _for_people() -> list[Processor]:
     return [_escaped, structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+
+
+def _in_order(_: Any, __: str, event: EventDict) -> EventDict:
+    """Every line begins with the same three keys."""
+    return {key: event[key] for key in ("time", "level", "event") if key in event} | dict(event)
 
 
 def _escaped(_: Any, __: str, event: EventDict) -> EventDict:

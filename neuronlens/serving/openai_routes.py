@@ -24,7 +24,14 @@ from neuronlens.serving.schemas import (
 from neuronlens.serving.service import Service, service_of
 
 _ERRORS = responses(400, 401, 404, 408, 409, 413, 415, 429, 500, 503)
-_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "data": {"type": "string", "description": "A chunk of the answer as JSON, an error as JSON, or [DONE]."}
+    },
+}
+_STREAM = {"text/event-stream": {"itemSchema": _EVENT}}
 
 _READING_SECONDS = 10
 """So much longer than a request may take, a client may take to read its answer."""

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validat
 from neuronlens import programs
 from neuronlens.serving.engine import FinishReason, Phase
 
+MAX_RULES = 1_000
+"""However a server is started."""
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 
@@ -76,7 +78,7 @@ class Intervention(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     table: str = Field(default="latest", max_length=100)
-    rules: Items[Rule] = Field(min_length=1)
+    rules: Items[Rule] = Field(min_length=1, max_length=MAX_RULES)
     phases: Items[Phase] = Field(default=["prompt", "generation"], min_length=1, max_length=2)
     mode: Literal["range", "neuron"] = "range"
     conflicts: Literal["order", "refuse"] = "order"

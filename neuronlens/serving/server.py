@@ -107,9 +107,10 @@ def serve_forever(
             raise failure from exit
         raise RunFailed(f"The server did not start ({failure}); its log has more.") from exit
     if server.n_cut:
+        requests = "1 request was" if server.n_cut == 1 else f"{server.n_cut} requests were"
         raise RunFailed(
-            f"{server.n_cut} request{' was' if server.n_cut == 1 else 's were'} still at work {drain_seconds:g} s after "
-            "the signal, and cut off. Give them longer with --drain-seconds."
+            f"{requests} still at work {drain_seconds:g} s after the signal, and cut off. Give them longer with "
+            "--drain-seconds."
         )
 
 

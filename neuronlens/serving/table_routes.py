@@ -174,7 +174,7 @@ def list_tables(request: Request) -> Response:
     summary="What does a range table hold?",
     dependencies=[_READ, _NOTHING],
     response_model=TableDetail,
-    responses={200: {"headers": _HEADERS}, **_NOT_MODIFIED, **responses(400, 401, 404, 409)},
+    responses={200: {"headers": _HEADERS}, **_NOT_MODIFIED, **responses(400, 401, 404, 409, 503)},
 )
 def table(request: Request, id: str) -> Response:
     """Its header, and its concepts, layers and hook points. The id `latest` is the newest table's."""
@@ -188,7 +188,7 @@ def table(request: Request, id: str) -> Response:
     summary="Which concepts does it hold?",
     dependencies=[_READ, _NOTHING],
     response_model=ConceptList,
-    responses={200: {"headers": _HEADERS}, **_NOT_MODIFIED, **responses(400, 401, 404, 409)},
+    responses={200: {"headers": _HEADERS}, **_NOT_MODIFIED, **responses(400, 401, 404, 409, 503)},
 )
 def concepts(request: Request, id: str) -> Response:
     """How many ranges it has of each concept, and in which layers."""
@@ -208,7 +208,7 @@ def concepts(request: Request, id: str) -> Response:
     summary="Its rows.",
     dependencies=[_READ, _DATA_PARAMETERS],
     response_model=None,
-    responses={**_ROWS_ANSWER, **_NOT_MODIFIED, **responses(400, 401, 404, 406, 409)},
+    responses={**_ROWS_ANSWER, **_NOT_MODIFIED, **responses(400, 401, 404, 406, 409, 503)},
 )
 def data(
     request: Request,

@@ -37,6 +37,8 @@ MAX_AT_ONCE = 4
 MAX_CHECKS = 2
 """Checks at once; the other uploads wait."""
 _RETRY_AFTER_SECONDS = 5
+_LAST_WORDS_SECONDS = 2.0
+"""For a child that sent nonsense to end by itself, so that the log has its exit status."""
 _PARTS = ("header", "rows")
 _HOW = "Expected multipart/form-data with the parts 'header' (table.json) and 'rows' (ranges.parquet)"
 
@@ -49,6 +51,7 @@ _checks = threading.BoundedSemaphore(MAX_CHECKS)
 async def receive_table(request: Request, service: Service) -> RangeTable:
     """The table in the body of a request, checked in every way. Raises ApiError for all that may be wrong with it."""
     limits = service.settings.limits
+    service.catalog.upload_store()  # before a byte of the body is read
     with _a_place():
         async with _parts_of(request, limits) as (header, rows):
             table = await run_in_threadpool(check, header, rows, limits)
@@ -74,7 +77,8 @@ def check(header: IO[bytes], rows: IO[bytes], limits: Limits) -> RangeTable:
         try:
             return _verdict(cast(IO[bytes], child.stdout))
         except _Silent as silence:
-            child.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(_LAST_WORDS_SECONDS)
             complaints.seek(0)
             said = complaints.read()[-2_000:].decode(errors="replace")
             log.warning("an upload's check did not end", exit_status=child.returncode, said=said)

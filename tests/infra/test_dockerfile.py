@@ -31,6 +31,12 @@ def test_dockerfile__gets_from_the_context_what_the_wheel_is_made_of():
 
 
 def test_images__carry_this_version_everywhere():
-    for path in ("ray/cluster.yaml", "kuberay/raycluster.yaml", "kuberay/rayjob.yaml"):
+    for path in ("ray/cluster.yaml", "kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "kuberay/rayservice.yaml"):
         images = set(re.findall(r"registry\.example\.com/\S+", yaml.safe_dump(yaml.safe_load((INFRA / path).open()))))
         assert images == {f"registry.example.com/neuronlens:{VERSION}-{target}" for target in ("cpu", "gpu")}
+
+
+def test_images__have_the_packages_of_the_server_and_of_its_replicas():
+    for installed in re.findall(r"\[([\w,]+)\]\" \"ray\[([\w,]+)\]", DOCKERFILE):
+        assert {"cluster", "s3", "serve", "deploy"} == set(installed[0].split(","))
+        assert {"default", "serve"} == set(installed[1].split(","))

@@ -5,6 +5,7 @@ place that the server knows, so that the rest of a request is looked at too. The
 so that what shall be wrong stays wrong.
 """
 
+import re
 from typing import Any
 
 import schemathesis
@@ -41,41 +42,25 @@ def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
 
 
 @schemathesis.hook
-def map_body(context: Any, body: Any) -> Any:
-    if not isinstance(body, dict) or context.operation.path == "/v1/tables":
-        return body
-    body = {name: _known(name, value) for name, value in body.items()}
-    if isinstance(body.get("intervention"), dict):
-        body["intervention"] = _known_intervention(body["intervention"])
-    if body.get("stream_options") is not None and body.get("stream") in (None, False):
-        body["stream"] = True
-    if body.get("top_logprobs") is not None and body.get("logprobs") in (None, False):
-        body["logprobs"] = True
-    if _is_whole(body.get("max_tokens")) and _is_whole(body.get("max_completion_tokens")):
-        del body["max_completion_tokens"]
-    return body
-
-
-@schemathesis.hook
-def map_query(context: Any, query: Any) -> Any:
-    if not isinstance(query, dict):
-        return query
-    return {name: _known(name, value) for name, value in query.items()}
-
-
-@schemathesis.hook
-def map_path_parameters(context: Any, path_parameters: Any) -> Any:
-    if not isinstance(path_parameters, dict):
-        return path_parameters
-    return {name: _known(name, value) for name, value in path_parameters.items()}
+def map_case(context: Any, case: Any) -> Any:
+    if isinstance(case.path_parameters, dict):
+        case.path_parameters = _known("", case.path_parameters)
+    if isinstance(case.query, dict):
+        case.query = _known("", case.query)
+    if isinstance(case.body, dict) and case.media_type == "application/json":
+        case.body = _known_body(case.body)
+    return case
 
 
 @schemathesis.hook
 def filter_failure(context: Any, failure: Any, case: Any, response: Any) -> bool:
-    """False: not a failure."""
+    """False where a refusal of what fits the schema is none of the server's faults."""
     if type(failure).__name__ != "RejectedPositiveData" or response.status_code != 400:
         return True
-    return response.json()["error"]["code"] not in NOT_IN_A_SCHEMA
+    error = response.json()["error"]
+    # JSON Schema counts 19.0 among the integers. To the server it is no whole number, as 1 is no true.
+    is_written_as_fraction = re.search(r" is -?\d+\.0, expected: a valid integer", error["message"])
+    return error["code"] not in NOT_IN_A_SCHEMA and not is_written_as_fraction
 
 
 def _known(name: str, value: Any) -> Any:
@@ -111,6 +96,19 @@ def _known_number(name: str, value: int) -> int:
         "neurons": N_NEURONS,
     }
     return value % within[name] if name in within else value
+
+
+def _known_body(given: dict[str, Any]) -> dict[str, Any]:
+    body: dict[str, Any] = _known("", given)
+    if isinstance(body.get("intervention"), dict):
+        body["intervention"] = _known_intervention(body["intervention"])
+    if body.get("stream_options") is not None and body.get("stream") in (None, False):
+        body["stream"] = True
+    if body.get("top_logprobs") is not None and body.get("logprobs") in (None, False):
+        body["logprobs"] = True
+    if _is_whole(body.get("max_tokens")) and _is_whole(body.get("max_completion_tokens")):
+        del body["max_completion_tokens"]
+    return body
 
 
 def _known_intervention(intervention: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from neuronlens.serving import server
 from neuronlens.serving.app import create_app
 from neuronlens.serving.cards import CardShelf
 from neuronlens.serving.catalog import Catalog
+from neuronlens.serving.engine import EngineFacts
 from neuronlens.serving.logs import configure
 from neuronlens.serving.service import Service
 from tests.neuronlens.serving.shells import bare_service, router
@@ -35,6 +36,16 @@ class FakeEngine:
     """An engine that only starts, or does not, and says when it is closed."""
 
     ready = True
+    facts = EngineFacts(
+        engine="fake",
+        model_id="fake",
+        config_hash="0" * 32,
+        window=64,
+        widths={"mlp_post": 4},
+        sites={"mlp_post": (0,)},
+        dtype="float32",
+        device="cpu",
+    )
 
     def __init__(self, kind: Engine) -> None:
         self.kind = kind

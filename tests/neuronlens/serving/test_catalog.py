@@ -13,6 +13,7 @@ import pytest
 
 from neuronlens.errors import UsageError
 from neuronlens.ranges import RangeTable, TableModel
+from neuronlens.retry import StorageFailed
 from neuronlens.serving import catalog as catalog_module
 from neuronlens.serving.catalog import Catalog
 from neuronlens.serving.errors import ApiError
@@ -288,6 +289,29 @@ def test_add__is_refused_where_the_server_may_not_write(tmp_path: Path, monkeypa
         catalog.add(NEW)
     assert caught.value.status == 403
     assert "/secret/path" not in caught.value.message
+
+
+def failing(*_) -> None:
+    raise StorageFailed("could not read s3://secret: the storage failed")
+
+
+def test_get__is_503_where_the_storage_fails(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = Catalog([str(store)])
+    monkeypatch.setattr(RangeTable, "load", failing)
+    with pytest.raises(ApiError, match="storage failed") as caught:
+        catalog.get(NEW.id)
+    assert (caught.value.status, caught.value.retry_after_seconds) == (503, 5)
+    assert "secret" not in caught.value.message
+    monkeypatch.undo()
+    assert catalog.get(NEW.id).id == NEW.id
+
+
+def test_add__goes_on_while_a_source_cannot_be_listed(store: Path, tmp_path: Path, monkeypatch) -> None:
+    catalog = Catalog([str(store)], uploads=str(tmp_path / "uploads"))
+    names = Store.names
+    monkeypatch.setattr(Store, "names", lambda self, path: failing() if "store" in self.root else names(self, path))
+    assert catalog.add(OTHER_MODEL)[1] is True
+    assert set(ids(catalog)) == {OLD.id, NEW.id, OTHER_MODEL.id}
 
 
 def test_config_hashes__are_those_of_the_sources_not_of_uploads(store: Path, tmp_path: Path) -> None:

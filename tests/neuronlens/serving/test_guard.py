@@ -233,7 +233,7 @@ def test_body__that_comes_too_slowly_is_408_and_ends_the_connection(url):
         received = read_until_closed(connection)
     assert answer_of(received) == (408, "body_too_slow")
     assert b"connection: close" in received.lower()
-    assert 0.3 < time.monotonic() - started < 2
+    assert 0.3 < time.monotonic() - started < 8
 
 
 def test_upload__may_take_longer_where_it_keeps_coming(url):
@@ -328,7 +328,7 @@ def test_head__that_comes_too_slowly_is_408(url, first):
         started = time.monotonic()
         received = read_until_closed(connection)
     assert answer_of(received) == (408, "headers_too_slow")
-    assert 0.3 < time.monotonic() - started < 2
+    assert 0.3 < time.monotonic() - started < 8
 
 
 def test_head__of_a_second_request_has_the_same_bounds(url):

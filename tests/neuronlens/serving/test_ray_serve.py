@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -311,7 +312,10 @@ def test_replicas__see_what_one_of_them_took(deployed):
 def test_replicas__one_killed_under_load_costs_no_answer(deployed):
     cases = [(SENTENCES[i % 6][: 8 + 5 * i], 20 + 7 * i, RULES[i % 3]) for i in range(9)]
     texts = [expected(deployed, *case) for case in cases]
-    client, stop, wrong, n_right = deployed.client(), threading.Event(), list[str](), [0]
+    statuses: Counter[int] = Counter()
+    hooks: Any = {"response": [lambda answer: statuses.update([answer.status_code])]}
+    client = deployed.client(http_client=httpx.Client(event_hooks=hooks, timeout=60))
+    stop, wrong, n_right = threading.Event(), list[str](), [0]
     deployed.wait_for(2, seconds=30)
     victim = min(deployed.pids())
 
@@ -337,7 +341,8 @@ def test_replicas__one_killed_under_load_costs_no_answer(deployed):
             one.result()
     assert wrong == []
     assert n_right[0] > 40
-    deployed.wait_for(2, seconds=45, without=victim)
+    assert statuses[500] > 0, "requests were at work on the replica that died, and the client asked again"
+    deployed.wait_for(2, seconds=90, without=victim)
 
 
 @pytest.mark.slow

@@ -242,6 +242,11 @@ class TestOverHttp:
         response = send(url, **options)
         assert (response.status_code, message in response.json()["error"]["message"]) == (status, True), response.text
 
+    def test_upload__without_a_place_is_refused_before_it_is_read(self, tmp_path: Path) -> None:
+        with table_server([GOOD.save(tmp_path)]) as url:
+            response = send(url, rows=b"nothing that anybody looks at")
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "uploads_disabled")
+
     def test_upload__refuses_a_large_header(self, tmp_path: Path) -> None:
         with table_server(uploads=tmp_path) as url:
             response = send(url, header=b" " * 1_000_001)
