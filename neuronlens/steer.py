@@ -4,7 +4,7 @@ compared = compare(loaded, program, "i feel so", Sampling(max_tokens=20, tempera
 print(compared.baseline, "|", compared.steered, compared.counts.changed)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from neuronlens.errors import RunFailed, UsageError
@@ -44,9 +44,12 @@ def compare(
     sampling: Sampling,
     *,
     phases: frozenset[Phase] = frozenset({"prompt", "generation"}),
+    overrides: Mapping[str, str] | None = None,
     on_token: Callable[[int], None] = lambda n: None,
 ) -> Compared:
     """Continue the text under the program, and without it from the same random numbers.
+
+    overrides: where the hook points are, for an unknown architecture (the recipe's model.modules).
 
     Raises UsageError for a text that does not fit the model's window, RunFailed where the model's logits stop being
     numbers.
@@ -59,7 +62,7 @@ def compare(
             f"least, and {loaded.window} together, the model's window. "
             + (f"Ask for at most {room} with --max-tokens." if prompt_ids and room > 0 else "Give another text.")
         )
-    batcher = Batcher(loaded, max_batch=2, max_programs=1, cache_bytes=free_bytes(loaded.device))
+    batcher = Batcher(loaded, max_batch=2, max_programs=1, cache_bytes=free_bytes(loaded.device), overrides=overrides)
     rows = [
         Row.of(
             Generation(id=name, prompt_ids=prompt_ids, sampling=sampling, program=chosen, phases=phases),

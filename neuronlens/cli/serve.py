@@ -71,6 +71,10 @@ def serve(
     max_batch: Annotated[
         int, typer.Option(min=1, help="Sequences in one forward pass.", rich_help_panel="Limits")
     ] = 32,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="For keys and values [default: by the free memory].", rich_help_panel="Limits"),
+    ] = None,
     max_body_bytes: Annotated[int | None, _limit("--max-body-bytes", "Of a request.", "2,000,000")] = None,
     body_seconds: Annotated[float | None, _limit("--body-seconds", "A client may take to send it.", "30")] = None,
     max_upload_bytes: Annotated[int | None, _limit("--max-upload-bytes", "Of a table.", "256,000,000")] = None,
@@ -119,6 +123,7 @@ def serve(
         "dtype": dtype,
         "device": device,
         "max_batch": max_batch,
+        "cache_gb": cache_gb,
         "chat_template": chat_template,
         "settings": {
             "limits": {name: limit for name, limit in limits.items() if limit is not None},

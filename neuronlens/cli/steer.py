@@ -85,7 +85,15 @@ def steer(
     sampling = Sampling(max_tokens=n_most, temperature=temperature, seed=seed)
     at_work: list[Phase] = [phase for phase in ("prompt", "generation") if not phases or phase in phases]
     with ConsoleReporter(stderr()).stage("steer", 2 * n_most, "tokens") as advance:
-        compared = compare(loaded, program, text, sampling, phases=frozenset(at_work), on_token=advance)
+        compared = compare(
+            loaded,
+            program,
+            text,
+            sampling,
+            phases=frozenset(at_work),
+            overrides=named.get("modules"),
+            on_token=advance,
+        )
     _show(stderr() if as_json else Console(), text, compared, program, chosen)
     if as_json:
         intervention = {

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from neuronlens.errors import UsageError
+from neuronlens.serving.prompts import PLAIN
 from neuronlens.serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from neuronlens.serving.catalog import Catalog
     from neuronlens.serving.engine import Engine
     from neuronlens.serving.service import Service
-
-PLAIN = "plain"
-"""The chat template that is no file: messages line by line."""
 
 
 class ServiceSpec(BaseModel):
@@ -40,6 +38,8 @@ class ServiceSpec(BaseModel):
     dtype: str = "auto"
     device: str = "auto"
     max_batch: int = Field(default=32, gt=0)
+    cache_gb: float | None = Field(default=None, gt=0)
+    """Memory for keys and values; None: a quarter of a CPU's free memory, four fifths of a GPU's."""
     chat_template: str | None = None
     """A file with a Jinja template, or plain; None: the tokenizer's own."""
     settings: Settings = Settings()
@@ -92,7 +92,17 @@ def load_engine(spec: ServiceSpec, catalog: "Catalog") -> "Engine":
         device=spec.device,
         limits=spec.settings.limits,
         max_batch=spec.max_batch,
+        cache_bytes=None if spec.cache_gb is None else int(spec.cache_gb * 1e9),
+        overrides=_hook_points_of(catalog),
     )
+
+
+def _hook_points_of(catalog: "Catalog") -> dict[str, str]:
+    """Where the hook points are in a model of an architecture that we do not know: as the stores' recipes said."""
+    found: dict[str, str] = {}
+    for store in catalog.stores:
+        found.update(store.describe()["model"].get("modules", {}))
+    return found
 
 
 def chosen_model(spec: ServiceSpec, catalog: "Catalog") -> tuple[str, str | None]:

@@ -15,7 +15,7 @@ cache of its own, so that a sequence's tokens do not depend on what stands besid
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,7 +143,7 @@ class Batcher:
         max_programs: int,
         cache_bytes: int,
         prefill_tokens: int = PREFILL_TOKENS,
-        overrides: dict[str, str] | None = None,
+        overrides: Mapping[str, str] | None = None,
     ) -> None:
         self.loaded = loaded
         self.max_batch = max_batch

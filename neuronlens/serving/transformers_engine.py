@@ -72,7 +72,7 @@ class TransformersEngine:
             max_batch=max_batch,
             max_programs=limits.programs,
             cache_bytes=cache_bytes or free_bytes(loaded.device),
-            overrides=dict(overrides or {}),
+            overrides=overrides,
         )
         self._facts = _facts(loaded, model_id, config_hash, overrides or {})
         self._stop_ids = stop_ids(loaded)
