@@ -35,7 +35,7 @@ _IMPORT_PATH = "neuronlens.serving.ray_serve:build"
 @app.command(
     epilog="Examples: `neuronlens deploy STORE --model path/or/hub-id --replicas 2` on this machine, until Ctrl-C · "
     "`neuronlens deploy s3://bucket/run --model some/model --replicas 2 --max-replicas 8 --gpus-per-replica 1 "
-    "--address ray://head:10001 --host 0.0.0.0 --api-key-file /etc/neuronlens/keys.txt` on a cluster, where it stays "
+    "--address 10.0.0.1:6379 --host 0.0.0.0 --api-key-file /etc/neuronlens/keys.txt` on a cluster, where it stays "
     "· `neuronlens deploy STORE --print-config > serve.yaml` for `serve deploy serve.yaml`."
 )
 def deploy(
@@ -72,6 +72,9 @@ def deploy(
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass of a replica.")] = 32,
+    cache_gb: Annotated[
+        float | None, typer.Option(min=0.001, help="For keys and values of a replica [default: by the free memory].")
+    ] = None,
     chat_template: Annotated[
         str | None,
         typer.Option(help="A Jinja file, or plain: messages line by line [default: the tokenizer's own]."),
@@ -113,6 +116,7 @@ def deploy(
         "tables_only": tables_only,
         "dtype": dtype,
         "max_batch": max_batch,
+        "cache_gb": cache_gb,
         "replicas": replicas,
         "max_replicas": max_replicas,
         "drain_seconds": drain_seconds,

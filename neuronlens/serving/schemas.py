@@ -44,7 +44,7 @@ Items = Annotated[list[T], Field(fail_fast=True)]
 FixedItems = Annotated[tuple[T, ...], Field(fail_fast=True)]
 
 Texts = Annotated[Items[str], Field(min_length=1)]
-TokenIds = Annotated[Items[Int], Field(min_length=1)]
+TokenIds = Annotated[Items[Annotated[Int, Field(ge=0)]], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 # As a schema's bounds 2**63 is rounded, and promises more than there is.
 Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63), WithJsonSchema({"type": "integer", "format": "int64"})]

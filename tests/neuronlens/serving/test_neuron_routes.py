@@ -412,20 +412,37 @@ def test_card__is_not_sent_again_to_who_has_it(client):
 # --- how it is held ---
 
 
-def test_shelf__reads_a_block_once_even_if_many_ask(store, monkeypatch):
-    n_read, read = 0, card_blocks.StoreBlocks.read
+@pytest.fixture
+def n_read(monkeypatch) -> list[int]:
+    """How many blocks were read, each of which takes a fifth of a second."""
+    counted, read = [0], card_blocks.StoreBlocks.read
 
-    def counted(self: Any, *args: Any) -> Any:
-        nonlocal n_read
-        n_read += 1
+    def slow(self: Any, *args: Any) -> Any:
         time.sleep(0.2)
-        return read(self, *args)
+        block = read(self, *args)
+        counted[0] += 1
+        return block
 
-    monkeypatch.setattr(card_blocks.StoreBlocks, "read", counted)
-    monkeypatch.setattr(cards, "WARM_UP_SECONDS", 0)
+    monkeypatch.setattr(card_blocks.StoreBlocks, "read", slow)
+    return counted
+
+
+def test_shelf__reads_a_block_once_even_if_many_ask(store, n_read, monkeypatch):
+    monkeypatch.setattr(cards, "WARM_UP_SECONDS", -1)
     with asking(store) as client, ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda neuron: card(client, f"mlp_post/1/{neuron % WIDTH}"), range(64)))
-    assert n_read == 1
+    assert n_read == [1]
+
+
+def test_shelf__reads_ahead_what_fits(store, n_read):
+    sites = list(itertools.product(("mlp_post", "resid_post"), range(N_LAYERS)))
+    with asking(store) as client:
+        deadline = time.monotonic() + 20
+        while n_read[0] < len(sites) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for hook_point, layer in sites:
+            card(client, f"{hook_point}/{layer}/4")
+    assert n_read == [len(sites)]
 
 
 def test_shelf__keeps_to_its_memory(store, monkeypatch):
@@ -434,15 +451,3 @@ def test_shelf__keeps_to_its_memory(store, monkeypatch):
         for layer, neuron in [*itertools.product(range(N_LAYERS), range(WIDTH))] * 2:
             assert card(client, f"mlp_post/{layer}/{neuron}") == card(roomy, f"mlp_post/{layer}/{neuron}")
             assert 0 < client.shelf.n_bytes <= 6_000
-
-
-def test_shelf__reads_ahead_what_fits(store, monkeypatch):
-    with asking(store) as client:
-        deadline = time.monotonic() + 20
-        while not (held := client.shelf.n_bytes) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert held
-        time.sleep(0.5)
-        monkeypatch.setattr(card_blocks.StoreBlocks, "read", lambda *_: pytest.fail("it was not read ahead"))
-        for hook_point, layer in itertools.product(("mlp_post", "resid_post"), range(N_LAYERS)):
-            card(client, f"{hook_point}/{layer}/4")
