@@ -9,9 +9,9 @@ import numba
 import numpy as np
 
 LOWER, UPPER, A, B, G, CENTRE = range(6)
-"""Rows of numbers_FKN."""
+"""Rows of numbers_KFN[k]: k comes first, so that they lie in a row and numba knows it."""
 CONSTANT, ADAPTIVE = range(2)
-"""Rows of kinds_2K."""
+"""Entries of kinds_K2[k]."""
 BANK, RULE = range(2)
 """Rows of rules_2SR."""
 
@@ -20,12 +20,12 @@ _jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 @_jit
 def replace_inside(  # type: ignore[no-untyped-def]
-    x_BTN, real_BT, slot_B, n_rules_S, rules_2SR, named_SN, numbers_FKN, kinds_2K, out_BTN, counts_BC
+    x_BTN, real_BT, slot_B, n_rules_S, rules_2SR, named_SN, numbers_KFN, kinds_K2, out_BTN, counts_BC
 ):
     """out_BTN becomes x_BTN (float32) with the values replaced that are inside a range of their row's program.
 
     Row b runs under slot_B[b]; a slot with no rules here, and tokens that are not real, are copied. Rule r of slot s is
-    row k = rules_2SR[BANK, s, r] of numbers_FKN[:, k] and kinds_2K[:, k]; the first rule whose range contains the value
+    row k = rules_2SR[BANK, s, r] of numbers_KFN and kinds_K2; the first rule whose range contains the value
     decides. named_SN is int32, 1 where a rule of the slot names the neuron. counts_BC (int64) grows: column 0 by the
     finite values of named neurons, column 1 + rules_2SR[RULE, s, r] by the finite values that this rule replaced.
     """
@@ -38,12 +38,12 @@ def replace_inside(  # type: ignore[no-untyped-def]
                 out_N[:] = x_N
             elif n_rules == 1:
                 k = rules_2SR[BANK, s, 0]
-                tested, changed = _by_one_rule(x_N, named_SN[s], numbers_FKN[:, k], kinds_2K[:, k], out_N)
+                tested, changed = _by_one_rule(x_N, named_SN[s], numbers_KFN[k], kinds_K2[k], out_N)
                 counts_BC[b, 0] += tested
                 counts_BC[b, 1 + rules_2SR[RULE, s, 0]] += changed
             else:
                 rules_2R = rules_2SR[:, s, :n_rules]
-                counts_BC[b, 0] += _by_rules(x_N, named_SN[s], rules_2R, numbers_FKN, kinds_2K, out_N, counts_BC[b])
+                counts_BC[b, 0] += _by_rules(x_N, named_SN[s], rules_2R, numbers_KFN, kinds_K2, out_N, counts_BC[b])
 
 
 @_jit
@@ -79,7 +79,7 @@ def _by_one_rule(x_N, named_N, numbers_FN, kinds_2, out_N):  # type: ignore[no-u
 
 
 @_jit
-def _by_rules(x_N, named_N, rules_2R, numbers_FKN, kinds_2K, out_N, counts_C):  # type: ignore[no-untyped-def]
+def _by_rules(x_N, named_N, rules_2R, numbers_KFN, kinds_K2, out_N, counts_C):  # type: ignore[no-untyped-def]
     """Several rules; returns how many values were tested, and adds what each rule changed to counts_C."""
     tested = 0
     for j in range(x_N.shape[0]):
@@ -89,12 +89,12 @@ def _by_rules(x_N, named_N, rules_2R, numbers_FKN, kinds_2K, out_N, counts_C):  
         out_N[j] = x
         for r in range(rules_2R.shape[1]):
             k = rules_2R[BANK, r]
-            if numbers_FKN[LOWER, k, j] <= x <= numbers_FKN[UPPER, k, j]:
-                a, b = numbers_FKN[A, k, j], numbers_FKN[B, k, j]
-                if kinds_2K[CONSTANT, k]:
+            if numbers_KFN[k, LOWER, j] <= x <= numbers_KFN[k, UPPER, j]:
+                a, b = numbers_KFN[k, A, j], numbers_KFN[k, B, j]
+                if kinds_K2[k, CONSTANT]:
                     out_N[j] = b
-                elif kinds_2K[ADAPTIVE, k]:
-                    out_N[j] = x * (a + numbers_FKN[G, k, j] * abs(x - numbers_FKN[CENTRE, k, j])) + b
+                elif kinds_K2[k, ADAPTIVE]:
+                    out_N[j] = x * (a + numbers_KFN[k, G, j] * abs(x - numbers_KFN[k, CENTRE, j])) + b
                 else:
                     out_N[j] = x * a + b
                 counts_C[1 + rules_2R[RULE, r]] += finite

@@ -124,7 +124,7 @@ class Step:
         out_BTN = torch.empty(x_BTN.shape)
         replace_inside(
             x_BTN.detach().contiguous().numpy(), self._real_numpy_BT, self._slot_B, bank.n_rules_S, bank.rules_2SR,
-            bank.named_SN, rules.numbers_FKN.numpy(), rules.kinds_2K.numpy(), out_BTN.numpy(), self._counts_numpy_BC,
+            bank.named_SN, rules.numbers_KFN.numpy(), rules.kinds_K2.numpy(), out_BTN.numpy(), self._counts_numpy_BC,
         )  # fmt: skip
         return out_BTN
 
@@ -191,52 +191,52 @@ class _Bank:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rules:
     """A bank on a device: bounds rounded to the activations' dtype, the rest in the dtype that replacements are
-    computed in; numbers_FKN holds both in the latter, which loses nothing."""
+    computed in; numbers_KFN holds both in the latter, which loses nothing."""
 
     dtype: torch.dtype
     rules_2SR: Tensor
     named_SN: Tensor
-    numbers_FKN: Tensor
-    kinds_2K: Tensor
+    numbers_KFN: Tensor
+    kinds_K2: Tensor
 
     @classmethod
     def of(cls, sites: Sequence[SiteProgram], bank: _Bank, device: torch.device, dtype: torch.dtype) -> "_Rules":
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         width = bank.named_SN.shape[1]
-        nothing = np.array([np.inf, -np.inf, 0, 0, 0, 0])[:, None, None] * np.ones((1, 1, width))
-        numbers_FKN = torch.from_numpy(np.concatenate([nothing, *map(_numbers, sites)], axis=1))
-        numbers_FKN[: UPPER + 1] = numbers_FKN[: UPPER + 1].to(dtype).double()
-        kinds_2K = np.concatenate([[[True], [False]], *map(_kinds, sites)], axis=1)
+        nothing_1FN = np.array([np.inf, -np.inf, 0, 0, 0, 0])[None, :, None] * np.ones((1, 1, width))
+        numbers_KFN = torch.from_numpy(np.concatenate([nothing_1FN, *map(_numbers, sites)]))
+        numbers_KFN[:, : UPPER + 1] = numbers_KFN[:, : UPPER + 1].to(dtype).double()
+        kinds_K2 = np.concatenate([[[True, False]], *map(_kinds, sites)])
         return cls(
             dtype=dtype,
             rules_2SR=torch.from_numpy(bank.rules_2SR).to(device),
             named_SN=torch.from_numpy(bank.named_SN).to(device),
-            numbers_FKN=numbers_FKN.to(exact).to(device),
-            kinds_2K=torch.from_numpy(kinds_2K).to(device),
+            numbers_KFN=numbers_KFN.to(exact).to(device),
+            kinds_K2=torch.from_numpy(kinds_K2).to(device),
         )
 
     def inside(self, x_BTN: Tensor, k_B: Tensor) -> Tensor:
         """Which values are in the range of row k_B[b]."""
-        return (x_BTN >= self.numbers_FKN[LOWER, k_B, None]) & (x_BTN <= self.numbers_FKN[UPPER, k_B, None])
+        return (x_BTN >= self.numbers_KFN[k_B, LOWER, None]) & (x_BTN <= self.numbers_KFN[k_B, UPPER, None])
 
     def replaced(self, x_BTN: Tensor, k_B: Tensor) -> Tensor:
         """What each value becomes under row k_B[b], were it inside."""
-        a_B1N, b_B1N = self.numbers_FKN[A, k_B, None], self.numbers_FKN[B, k_B, None]
-        distance = (x_BTN - self.numbers_FKN[CENTRE, k_B, None]).abs()
+        a_B1N, b_B1N = self.numbers_KFN[k_B, A, None], self.numbers_KFN[k_B, B, None]
+        distance = (x_BTN - self.numbers_KFN[k_B, CENTRE, None]).abs()
         # A slope of 0 times an infinite distance would be NaN.
-        adaptive_B11, constant_B11 = self.kinds_2K[ADAPTIVE, k_B, None, None], self.kinds_2K[CONSTANT, k_B, None, None]
-        slope = torch.where(adaptive_B11, a_B1N + self.numbers_FKN[G, k_B, None] * distance, a_B1N)
+        adaptive_B11, constant_B11 = self.kinds_K2[k_B, ADAPTIVE, None, None], self.kinds_K2[k_B, CONSTANT, None, None]
+        slope = torch.where(adaptive_B11, a_B1N + self.numbers_KFN[k_B, G, None] * distance, a_B1N)
         return torch.where(constant_B11, b_B1N, x_BTN * slope + b_B1N).to(self.dtype)
 
 
 def _numbers(site: SiteProgram) -> np.ndarray:
-    """[6, R, N] float64."""
+    """[R, 6, N] float64."""
     zeros_RN = np.zeros_like(site.a_RN)
     g_RN, centre_RN = (zeros_RN if part is None else part for part in (site.g_RN, site.centre_RN))
-    return np.stack([site.lower_RN, site.upper_RN, site.a_RN, site.b_RN, g_RN, centre_RN])
+    return np.stack([site.lower_RN, site.upper_RN, site.a_RN, site.b_RN, g_RN, centre_RN], axis=1)
 
 
 def _kinds(site: SiteProgram) -> np.ndarray:
-    """[2, R] bool: constant, adaptive."""
+    """[R, 2] bool: constant, adaptive."""
     adaptive_R = np.zeros(len(site.rule_R), bool) if site.g_RN is None else site.g_RN.any(axis=1)
-    return np.stack([site.constant_R, adaptive_R])
+    return np.stack([site.constant_R, adaptive_R], axis=1)

@@ -59,6 +59,9 @@ def serve(
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of the model on a CPU [default: one core less, for the requests].")
+    ] = None,
     chat_template: Annotated[
         str | None,
         typer.Option(help="A Jinja file, or plain: messages line by line [default: the tokenizer's own]."),
@@ -124,6 +127,7 @@ def serve(
         "device": device,
         "max_batch": max_batch,
         "cache_gb": cache_gb,
+        "threads": threads or max(1, (os.cpu_count() or 1) - 1),
         "chat_template": chat_template,
         "settings": {
             "limits": {name: limit for name, limit in limits.items() if limit is not None},

@@ -38,6 +38,8 @@ class ServiceSpec(BaseModel):
     dtype: str = "auto"
     device: str = "auto"
     max_batch: int = Field(default=32, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+    """Of the model on a CPU; None: as torch decides, which Ray tells how many cores a replica has."""
     cache_gb: float | None = Field(default=None, gt=0)
     """Memory for keys and values; None: a quarter of a CPU's free memory, four fifths of a GPU's."""
     chat_template: str | None = None
@@ -84,6 +86,10 @@ def load_engine(spec: ServiceSpec, catalog: "Catalog") -> "Engine":
     from neuronlens.serving.transformers_engine import TransformersEngine
 
     model, revision = chosen_model(spec, catalog)
+    if spec.threads is not None:
+        import torch
+
+        torch.set_num_threads(spec.threads)
     log.info("loading", model=model, engine=spec.engine)
     return TransformersEngine.load(
         model,

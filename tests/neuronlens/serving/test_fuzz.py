@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -288,6 +288,7 @@ def send(client: httpx.Client, intervention: Any, *, chat: bool, stream: bool) -
     asked = {"messages": [{"role": "user", "content": PROMPTS[0]}]} if chat else {"prompt": PROMPTS[0]}
     body = {"model": MODEL, "max_tokens": 3, "temperature": 0, "stream": stream, "intervention": intervention, **asked}
     content = json.dumps(body).replace(json.dumps(OVERFLOW), "1e999")
+    note(content)
     headers = {"Content-Type": "application/json"}
     return client.post("/v1/chat/completions" if chat else "/v1/completions", content=content, headers=headers)
 
@@ -332,7 +333,7 @@ def check_refusal(body: Any, status: int) -> None:
     if error["code"] == "invalid_json" or status == 413:
         assert error["param"] is None
     else:
-        assert error["param"].split(".")[0] == "intervention", error
+        assert (error["param"] or "").split(".")[0] == "intervention", error
 
 
 def storm(server: Fuzzed, interventions: st.SearchStrategy[Any], n_requests: int) -> None:
@@ -361,18 +362,20 @@ def check_nothing_is_left(server: Fuzzed) -> None:
             assert tokens_of(client, prompt) == expected(server, prompt, None)
 
 
-@pytest.mark.parametrize("interventions", [anything, right | nearly_right()], ids=["any", "nearly_right"])
-def test_intervention__of_any_json_is_answered_and_harms_nobody(server, interventions):
-    storm(server, interventions, 60)
+@pytest.mark.parametrize(
+    ("interventions", "n_requests"),
+    [
+        pytest.param(anything, 50, id="any"),
+        pytest.param(right | nearly_right(), 120, id="nearly right"),
+        pytest.param(anything, 300, id="any, for long", marks=pytest.mark.slow),
+        pytest.param(right | nearly_right(), 500, id="nearly right, for long", marks=pytest.mark.slow),
+    ],
+)
+def test_intervention__of_any_json_is_answered_and_harms_nobody(server, interventions, n_requests):
+    storm(server, interventions, n_requests)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("interventions", [anything, right | nearly_right()], ids=["any", "nearly_right"])
-def test_intervention__of_any_json_is_answered_and_harms_nobody_for_long(server, interventions):
-    storm(server, interventions, 400)
-
-
-# --- anything as a body ---------------------------------------------------------------------------------------------
+# --- anything as a body ----------------------------------------------------------------------------------------------
 
 BOUNDARY = "a-boundary-of-the-tests"
 RIGHT = json.dumps({"model": MODEL, "prompt": "i feel", "max_tokens": 1, "intervention": {"rules": [JOY]}}).encode()
