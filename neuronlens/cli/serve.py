@@ -64,7 +64,7 @@ def serve(
     ] = None,
     chat_template: Annotated[
         str | None,
-        typer.Option(help="A Jinja file, or plain: messages line by line [default: the tokenizer's own]."),
+        typer.Option(help="A Jinja file, or plain: the texts in a row [default: the tokenizer's own]."),
     ] = None,
     allow_origin: Annotated[
         list[str] | None, typer.Option(help="A web origin whose pages may call the server. Repeatable.")
