@@ -37,11 +37,12 @@ async def completion_prompts(engine: Engine, asked: CompletionRequest, limits: L
         many = [given]
     else:
         many = given
-    many_ids = [
-        await _encoded(engine.tokenizer, prompt) if isinstance(prompt, str) else _known_ids(engine, prompt)
-        for prompt in many
-    ]
-    return [_fitted(engine, ids, asked.max_tokens, _COMPLETION_TOKENS, limits, "prompt") for ids in many_ids]
+    fitted = []
+    for prompt in many:
+        ids = await _encoded(engine.tokenizer, prompt) if isinstance(prompt, str) else prompt
+        fitted.append(_fitted(engine, ids, asked.max_tokens, _COMPLETION_TOKENS, limits, "prompt"))
+    _check_ids(engine, fitted)
+    return fitted
 
 
 async def chat_prompt(engine: Engine, asked: ChatRequest, limits: Limits, template: str | None) -> list[Prompt]:
@@ -77,13 +78,14 @@ async def _encoded(tokenizer: Any, text: str, *, add_special_tokens: bool = True
     return encode() if len(text) < _LONG_TEXT else await asyncio.to_thread(encode)
 
 
-def _known_ids(engine: Engine, ids: Sequence[int]) -> list[int]:
+def _check_ids(engine: Engine, prompts: Sequence[Prompt]) -> None:
+    """Raise ApiError 400 for an id that the tokenizer does not have."""
     n_tokens = len(engine.tokenizer)
-    for i in ids:
-        if not 0 <= i < n_tokens:
-            message = f"There is no token {i}; expected 0 to {n_tokens - 1}."
+    for prompt in prompts:
+        if max(prompt.ids) >= n_tokens or min(prompt.ids) < 0:
+            unknown = next(i for i in prompt.ids if not 0 <= i < n_tokens)
+            message = f"There is no token {unknown}; expected 0 to {n_tokens - 1}."
             raise ApiError(400, message, code="invalid_field", param="prompt")
-    return list(ids)
 
 
 def _fitted(
