@@ -118,19 +118,21 @@ class Step:
         bank = self._banks.get((hook_point, layer))
         if bank is None:
             return None
-        if x_BTN.device.type != "cpu" or x_BTN.dtype != torch.float32 or self._by_torch:
-            return self._run_on_device(bank, x_BTN)
-        rules = bank.rules(x_BTN.device, x_BTN.dtype)
-        out_BTN = torch.empty(x_BTN.shape)
-        replace_inside(
-            x_BTN.detach().contiguous().numpy(), self._real_numpy_BT, self._slot_B, bank.n_rules_S, bank.rules_2SR,
-            bank.named_SN, rules.numbers_KFN.numpy(), rules.kinds_K2.numpy(), out_BTN.numpy(), self._counts_numpy_BC,
-        )  # fmt: skip
-        return out_BTN
+        if x_BTN.is_cpu and x_BTN.dtype is torch.float32 and not self._by_torch:
+            return self._run_compiled(bank, x_BTN)
+        return self._run_on_device(bank, x_BTN)
 
     def counts(self) -> np.ndarray:
         """int64 [B, 1 + rules]: tested, then changed by each rule of the row's program. Waits for the device."""
         return self._counts_BC.cpu().numpy()
+
+    def _run_compiled(self, bank: "_Bank", x_BTN: Tensor) -> Tensor:
+        # On one token a row, each of these few steps costs as much as the values do: the model has just pushed Python
+        # out of the CPU's caches.
+        x = x_BTN.numpy() if x_BTN.is_contiguous() else x_BTN.contiguous().numpy()
+        out = np.empty_like(x)
+        replace_inside(x, self._real_numpy_BT, self._slot_B, *bank.compiled, out, self._counts_numpy_BC)
+        return torch.from_numpy(out)
 
     def _run_on_device(self, bank: "_Bank", x_BTN: Tensor) -> Tensor:
         if self._slot_on_device_B is None:
@@ -158,6 +160,8 @@ class _Bank:
         self.n_rules_S = np.zeros(n_slots, dtype=np.int64)
         self.rules_2SR = np.zeros((2, n_slots, 1), dtype=np.int64)
         self.named_SN = np.zeros((n_slots, width), dtype=np.int32)
+        self.compiled: tuple[np.ndarray, ...] = ()
+        """What the compiled pass takes of the bank."""
         self._sites: dict[int, SiteProgram] = {}
         self._on: dict[tuple[torch.device, torch.dtype], _Rules] = {}
 
@@ -186,6 +190,9 @@ class _Bank:
             self.named_SN[slot] = site.named_N
             first += n
         self._on.clear()
+        rules = _Rules.of(list(self._sites.values()), self, torch.device("cpu"), torch.float32)
+        numbers_KFN, kinds_K2 = rules.numbers_KFN.numpy(), rules.kinds_K2.numpy()
+        self.compiled = (self.n_rules_S, self.rules_2SR, self.named_SN, numbers_KFN, kinds_K2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
