@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import logging
 import random
 import socket
 import time
@@ -440,3 +441,19 @@ def test_metrics__count_tokens_and_changes_by_action(server):
     assert grown("neuronlens_prompt_tokens_total") == answer.usage.prompt_tokens
     assert grown("neuronlens_time_to_first_token_seconds_count") == 1
     assert grown("neuronlens_batch_size_count") == answer.usage.completion_tokens
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_log__has_what_was_done_and_the_texts_only_where_asked(tmp_path, caplog, log_prompts):
+    with (
+        text_server(tmp_path, log_prompts=log_prompts) as server,
+        caplog.at_level(logging.INFO, logger="neuronlens.serving"),
+    ):
+        answer = complete(server.client(), n_tokens=6, user="somebody", extra_body=intervention([JOY]))
+        answer_text, changed = answer.choices[0].text, answer.intervention["changed"]
+    (line,) = [record.msg for record in caplog.records if "completion_tokens" in str(record.msg)]
+    assert (line["path"], line["status"], line["user"]) == ("/v1/completions", 200, "somebody")
+    assert (line["completion_tokens"], line["changed"]) == (answer.usage.completion_tokens, changed)
+    assert line["table"] == server.table.id
+    assert ([PROMPT] in line.values(), [answer_text] in line.values()) == (log_prompts, log_prompts)
+    assert log_prompts or (PROMPT not in caplog.text and repr(answer_text) not in caplog.text)
