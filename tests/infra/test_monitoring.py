@@ -80,10 +80,11 @@ def test_alerts__say_what_to_do():
     assert all("neuronlens status STORE" in rule["annotations"]["description"] for rule in RULES)
 
 
-def test_prometheus_yml__reads_rays_list_of_nodes_and_the_alerts():
+def test_prometheus_yml__reads_rays_list_of_nodes_the_server_and_the_alerts():
     config = load_yaml("monitoring/prometheus.yml")
-    (job,) = config["scrape_configs"]
-    (discovery,) = job["file_sd_configs"]
+    ray, server = config["scrape_configs"]
+    assert server["static_configs"] == [{"targets": ["127.0.0.1:8000"]}], "where neuronlens serve listens by default"
+    (discovery,) = ray["file_sd_configs"]
     assert discovery["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]
     assert all((INFRA / "monitoring" / path).exists() for path in config["rule_files"])
 
