@@ -1,4 +1,4 @@
-"""Many programs in one forward pass, held to one program at a time (`neuronlens.interventions`) and to numbers by hand."""
+"""Many programs in one forward pass, held to one program at a time (`interventions`) and to numbers by hand."""
 
 import math
 from types import SimpleNamespace
