@@ -225,7 +225,7 @@ def test_steer__says_what_the_bare_model_says_with_and_without_the_ranges(finish
     table_id = json.loads(finished.stdout)["range_table"]
     done = neuronlens(
         *("steer", "store", "i hate the way", "--concept", "joy", "--action", "set", "--value", "2.5", "--tau", "inf"),
-        *("--max-tokens", "9", "--json"),
+        *("--max-tokens", "9", "--json", "--table", table_id),
         cwd=folder,
     )
     assert done.returncode == 0, done.stderr
@@ -249,12 +249,13 @@ def test_steer__says_what_the_bare_model_says_with_and_without_the_ranges(finish
 
 
 def test_steer__refuses_what_cannot_be_steered(finished, folder):
+    table_id = json.loads(finished.stdout)["range_table"]
     for args, words in (
         (["--concept", "envy"], ["anger, joy"]),
         (["--concept", "joy", "--phase", "later"], ["prompt or generation"]),
         (["--concept", "joy", "--max-tokens", "500"], ["64", "at most"]),
         (["--concept", "joy", "--neuron", "3"], ["layer"]),
     ):
-        done = neuronlens("steer", "store", "i hate", *args, cwd=folder)
+        done = neuronlens("steer", "store", "i hate", *args, "--table", table_id, cwd=folder)
         assert done.returncode == 2, done.stderr
         assert all(word in done.stderr for word in words), done.stderr

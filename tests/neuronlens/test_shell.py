@@ -52,7 +52,7 @@ def _typed(lens: Lens, keys: str, history: InMemoryHistory | None = None) -> str
 def test_completer__knows_views_columns_macros_and_questions(lens):
     assert _completions(lens, "select * from gaus") == ["gaussianity_by_layer", "gaussianity"]  # the question, the view
     assert "excess_kurtosis" in _completions(lens, "select exc")
-    assert _completions(lens, "from neuron_card") == ["neuron_card("]
+    assert _completions(lens, "from neuron_card") == ["neuron_card(", "neuron_cards"]  # the macro, the question
     assert _completions(lens, "from ") == []
 
 
