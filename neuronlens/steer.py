@@ -24,7 +24,6 @@ class Compared:
     baseline: str
     steered: str
     counts: Counts
-    n_prompt_tokens: int
 
 
 def check_model(table: RangeTable, found: ModelIdentity) -> None:
@@ -85,4 +84,4 @@ def compare(
                 on_token(len(event.delta.token_ids))
     batcher.close()
     baseline, steered = (said[row] for row in rows)
-    return Compared(baseline=baseline, steered=steered, counts=counts, n_prompt_tokens=len(prompt_ids))
+    return Compared(baseline=baseline, steered=steered, counts=counts)
