@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 HOOK_POINTS = ("mlp_post", "mlp_out", "attn_out", "resid_post")
 
-_FORWARD_ORDER = ("attn_out", "mlp_post", "mlp_out", "resid_post")
+FORWARD_ORDER = ("attn_out", "mlp_post", "mlp_out", "resid_post")
 
 _LLAMA = {
     "mlp_post": "layers.{layer}.mlp.down_proj:input",
@@ -167,7 +167,7 @@ def find_sites(
         for layer in _chosen(modules, layers if own_layer is None else [own_layer], hook_point):
             width = _width(module, modules[layer], side, hook_point)
             site = Site(hook_point=hook_point, layer=layer, module_name=modules[layer], side=side, width=width)
-            wanted[layer, _FORWARD_ORDER.index(hook_point)] = site
+            wanted[layer, FORWARD_ORDER.index(hook_point)] = site
     return tuple(wanted[key] for key in sorted(wanted))
 
 

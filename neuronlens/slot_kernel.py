@@ -100,3 +100,30 @@ def _by_rules(x_N, named_N, rules_2R, numbers_KFN, kinds_K2, out_N, counts_C):  
                 counts_C[1 + rules_2R[RULE, r]] += finite
                 break
     return tested
+
+
+@_jit
+def replace_in_place(  # type: ignore[no-untyped-def]
+    x_TN, slot_T, counter_T, n_rules_S, rules_2SR, named_SN, numbers_KFN, kinds_K2, counts_UC
+):
+    """As `replace_inside`, for rows that are single tokens of many sequences, changed where they lie.
+
+    Token t runs under slot_T[t] and is counted in row counter_T[t] of counts_UC.
+    """
+    # A loop that writes where it reads does not become vector instructions.
+    out_N = np.empty(x_TN.shape[1], x_TN.dtype)
+    for t in range(x_TN.shape[0]):
+        s = slot_T[t]
+        n_rules = n_rules_S[s]
+        if n_rules == 0:
+            continue
+        x_N, counts_C = x_TN[t], counts_UC[counter_T[t]]
+        if n_rules == 1:
+            k = rules_2SR[BANK, s, 0]
+            tested, changed = _by_one_rule(x_N, named_SN[s], numbers_KFN[k], kinds_K2[k], out_N)
+            counts_C[0] += tested
+            counts_C[1 + rules_2SR[RULE, s, 0]] += changed
+        else:
+            rules_2R = rules_2SR[:, s, :n_rules]
+            counts_C[0] += _by_rules(x_N, named_SN[s], rules_2R, numbers_KFN, kinds_K2, out_N, counts_C)
+        x_N[:] = out_N

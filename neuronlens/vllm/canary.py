@@ -1,0 +1,68 @@
+"""Before a worker serves: does every hook act? A program that zeroes a whole site must change what the model computes.
+
+A hook that came too late, or a compiled graph of a time before it, would leave every request plain without a word.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from neuronlens.errors import RunFailed
+from neuronlens.programs import SiteProgram
+from neuronlens.vllm.board import Board
+from neuronlens.vllm.sites import RankSite
+
+_SLOT, _ROW = 1, 1
+
+
+def check_hooks(board: Board, forward: Callable[[], torch.Tensor]) -> None:
+    """Run the model with and without each site zeroed; `forward` gives the hidden states of some dummy tokens.
+
+    Raises RunFailed that names the first site that nothing came of.
+    """
+    plain_TD = forward().float().clone()
+    for tables in board.tables.sites:
+        n_counted, hidden_TD = _zeroed(board, tables.site, forward)
+        if n_counted == 0 or torch.equal(hidden_TD.float(), plain_TD):
+            what = "was never run" if n_counted == 0 else "changed nothing"
+            raise RunFailed(
+                f"The hook at {tables.site.hook_point} of layer {tables.site.layer} ({tables.site.module_name}) {what} "
+                "in a forward pass in which it had to zero every neuron, so interventions would be silently ignored. "
+                "If this model is new to vLLM's cache, remove ~/.cache/vllm/torch_compile_cache and start again, or "
+                "start with --enforce-eager."
+            )
+    if not torch.equal(forward().float(), plain_TD):
+        raise RunFailed("A forward pass without a program differs after one that had a program; it must not.")
+
+
+def _zeroed(board: Board, site: RankSite, forward: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
+    """How many values were tested while the site was zero everywhere, and what the model computed."""
+    board.tables.put(_SLOT, [_all_to_zero(site)])
+    board.host_2T[0], board.host_2T[1] = _SLOT, _ROW
+    try:
+        board.seat(board.host_2T.shape[1])
+        hidden_TD = forward().clone()
+    finally:
+        board.rest()
+        board.tables.clear(_SLOT)
+    # On a rank that leaves the counting to another, its values are counted for nobody, in row 0.
+    n_tested = int(board.counts_UC[:, 0].sum())
+    board.counts_UC.zero_()
+    return n_tested, hidden_TD
+
+
+def _all_to_zero(site: RankSite) -> SiteProgram:
+    everything_1N = np.full((1, site.full_width), np.inf)
+    nothing_1N = np.zeros((1, site.full_width))
+    return SiteProgram(
+        hook_point=site.hook_point,
+        layer=site.layer,
+        rule_R=np.array([0]),
+        lower_RN=-everything_1N,
+        upper_RN=everything_1N,
+        a_RN=nothing_1N,
+        b_RN=nothing_1N,
+        g_RN=None,
+        centre_RN=None,
+    )

@@ -1,0 +1,201 @@
+"""The rules of every slot at every site, on the device, in arrays that keep their place: a CUDA graph reads them.
+
+Slot 0 is no program. A slot has up to `rules` rules at a site; the rules of all slots share the site's rule rows, of
+which row 0 contains no value.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neuronlens.programs import SiteProgram
+from neuronlens.slot_kernel import ADAPTIVE, BANK, CENTRE, CONSTANT, LOWER, RULE, UPPER, A, B, G, replace_in_place
+from neuronlens.vllm.config import WorkerConfig
+from neuronlens.vllm.sites import RankSite
+
+N_FIELDS = 6
+
+
+class NoRoom(Exception):
+    """Every slot is in use, or a site has too few rule rows left; other programs must end first."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteTables:
+    """The arrays of one site, N neurons of this rank. Rows of numbers_KFN and kinds_K2 as `slot_kernel` has them."""
+
+    site: RankSite
+    n_rules_S: Tensor
+    rules_2SR: Tensor
+    named_SN: Tensor
+    numbers_KFN: Tensor
+    kinds_K2: Tensor
+
+    @classmethod
+    def empty(cls, site: RankSite, config: WorkerConfig, device: torch.device) -> "SiteTables":
+        n_slots, n_rows = config.slots + 1, config.rule_rows + 1
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        tables = cls(
+            site=site,
+            n_rules_S=zeros(n_slots, dtype=torch.int64),
+            rules_2SR=zeros(2, n_slots, config.rules, dtype=torch.int64),
+            named_SN=zeros(n_slots, site.width, dtype=torch.int32),
+            numbers_KFN=zeros(n_rows, N_FIELDS, site.width, dtype=torch.float32),
+            kinds_K2=zeros(n_rows, 2, dtype=torch.bool),
+        )
+        tables.numbers_KFN[0, LOWER], tables.numbers_KFN[0, UPPER] = torch.inf, -torch.inf
+        return tables
+
+    @property
+    def n_bytes(self) -> int:
+        arrays = (self.n_rules_S, self.rules_2SR, self.named_SN, self.numbers_KFN, self.kinds_K2)
+        return sum(array.nbytes for array in arrays)
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """As `slot_kernel.replace_in_place` takes them; on the CPU they share the tensors' memory."""
+        parts = (self.n_rules_S, self.rules_2SR, self.named_SN, self.numbers_KFN, self.kinds_K2)
+        return tuple(part.numpy() for part in parts)
+
+    def put(self, slot: int, program: SiteProgram, rows: Sequence[int], dtype: torch.dtype) -> None:
+        """The part of this rank into `slot`, its rules at these rows. Bounds are rounded to the activations' dtype."""
+        part, n_rules = self.site.part, len(program.rule_R)
+        self.numbers_KFN[list(rows)] = _numbers(program, part, dtype).to(self.numbers_KFN.device)
+        self.kinds_K2[list(rows)] = _kinds(program).to(self.kinds_K2.device)
+        self.named_SN[slot] = torch.from_numpy(program.named_N[part].astype(np.int32)).to(self.named_SN.device)
+        self.rules_2SR[BANK, slot, :n_rules] = torch.tensor(list(rows), device=self.rules_2SR.device)
+        self.rules_2SR[RULE, slot, :n_rules] = torch.from_numpy(program.rule_R).to(self.rules_2SR.device)
+        self.n_rules_S[slot] = n_rules
+
+    def clear(self, slot: int) -> None:
+        self.n_rules_S[slot] = 0
+        self.named_SN[slot] = 0
+
+
+class SlotTables:
+    """The tables of all sites, and which rule rows are free. All changes happen between two forward passes."""
+
+    def __init__(
+        self, sites: Sequence[RankSite], config: WorkerConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.sites = [SiteTables.empty(site, config, device) for site in sites]
+        self._dtype = dtype
+        self._max_rules = config.rules
+        self._index = {(site.hook_point, site.layer): i for i, site in enumerate(sites)}
+        self._free = [list(range(config.rule_rows, 0, -1)) for _ in sites]
+        self._rows: dict[int, dict[int, list[int]]] = {}
+        """Slot -> site -> its rule rows."""
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(site.n_bytes for site in self.sites)
+
+    def fault(self, program: Sequence[SiteProgram]) -> str | None:
+        """Why these tables can never hold the program, in a sentence; None where they can."""
+        for part in program:
+            index = self._index.get((part.hook_point, part.layer))
+            if index is None:
+                hooked = sorted({site.site.hook_point for site in self.sites})
+                layers = sorted({site.site.layer for site in self.sites})
+                return (
+                    f"Layer {part.layer} of {part.hook_point} is not hooked in this server, which hooks "
+                    f"{', '.join(hooked)} in layers {layers}."
+                )
+            if self.sites[index].site.full_width != part.width:
+                return (
+                    f"The table has {part.width} neurons at {part.hook_point} of layer {part.layer}, this model "
+                    f"{self.sites[index].site.full_width}."
+                )
+            if len(part.rule_R) > self._max_rules:
+                return (
+                    f"{len(part.rule_R)} rules act on {part.hook_point} of layer {part.layer}, at most "
+                    f"{self._max_rules} may."
+                )
+        return None
+
+    def has_room(self, program: Sequence[SiteProgram], spare: Sequence[int] = ()) -> bool:
+        """Whether the rule rows suffice once the slots `spare` are cleared."""
+        for part in program:
+            index = self._index[part.hook_point, part.layer]
+            n_free = len(self._free[index]) + sum(len(self._rows.get(slot, {}).get(index, ())) for slot in spare)
+            if n_free < len(part.rule_R):
+                return False
+        return True
+
+    def put(self, slot: int, program: Sequence[SiteProgram]) -> None:
+        """Load the program into an empty slot. Raises NoRoom, and changes nothing, where rule rows are too few."""
+        if not self.has_room(program):
+            raise NoRoom
+        self._rows[slot] = {}
+        for part in program:
+            index = self._index[part.hook_point, part.layer]
+            rows = [self._free[index].pop() for _ in part.rule_R]
+            self._rows[slot][index] = rows
+            self.sites[index].put(slot, part, rows, self._dtype)
+
+    def clear(self, slot: int) -> None:
+        for index, rows in self._rows.pop(slot, {}).items():
+            self.sites[index].clear(slot)
+            self._free[index].extend(rows)
+
+
+def replace_by_numba(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counter_T: Tensor, counts_UC: Tensor) -> None:
+    """Change x_TN, in the CPU's memory and of any floating dtype, in place: one compiled pass."""
+    x = x_TN if x_TN.dtype is torch.float32 and x_TN.is_contiguous() else x_TN.float().contiguous()
+    seats = slot_T[: len(x)].numpy(), counter_T[: len(x)].numpy()
+    replace_in_place(x.numpy(), *seats, *tables.arrays, counts_UC.numpy())
+    if x is not x_TN:
+        x_TN.copy_(x)
+
+
+def replace_by_torch(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counter_T: Tensor, counts_UC: Tensor) -> None:
+    """The same by torch operations, on any device, without waiting for it: what the Triton kernel is held to."""
+    slot_T, counter_T = slot_T[: len(x_TN)].long(), counter_T[: len(x_TN)].long()
+    x = x_TN.float()
+    finite_TN = torch.isfinite(x)
+    named_TN = tables.named_SN[slot_T] > 0
+    counts_UC[:, 0].index_add_(0, counter_T, (finite_TN & named_TN).sum(dim=1))
+    out_TN, decided_TN = x, torch.zeros_like(finite_TN)
+    for r in range(tables.rules_2SR.shape[2]):
+        is_rule_T = tables.n_rules_S[slot_T] > r
+        k_T = torch.where(is_rule_T, tables.rules_2SR[BANK, slot_T, r], 0)
+        numbers_TFN = tables.numbers_KFN[k_T]
+        inside_TN = (x >= numbers_TFN[:, LOWER]) & (x <= numbers_TFN[:, UPPER]) & ~decided_TN
+        out_TN = torch.where(inside_TN, _replaced(x, numbers_TFN, tables.kinds_K2[k_T]), out_TN)
+        decided_TN = decided_TN | inside_TN
+        column_T = 1 + torch.where(is_rule_T, tables.rules_2SR[RULE, slot_T, r], 0)
+        flat_T = counter_T * counts_UC.shape[1] + column_T
+        counts_UC.view(-1).index_add_(0, flat_T, (inside_TN & finite_TN).sum(dim=1))
+    x_TN.copy_(out_TN)
+
+
+def _replaced(x_TN: Tensor, numbers_TFN: Tensor, kinds_T2: Tensor) -> Tensor:
+    a_TN, b_TN = numbers_TFN[:, A], numbers_TFN[:, B]
+    distance_TN = (x_TN - numbers_TFN[:, CENTRE]).abs()
+    slope_TN = torch.where(kinds_T2[:, ADAPTIVE, None], a_TN + numbers_TFN[:, G] * distance_TN, a_TN)
+    # A slope of 0 times an infinite value would be NaN.
+    return torch.where(kinds_T2[:, CONSTANT, None], b_TN, x_TN * slope_TN + b_TN)
+
+
+def _numbers(program: SiteProgram, part: slice, dtype: torch.dtype) -> Tensor:
+    """[R, 6, N] float32 of this rank's neurons."""
+    zeros_RN = np.zeros_like(program.a_RN)
+    g_RN, centre_RN = (zeros_RN if values is None else values for values in (program.g_RN, program.centre_RN))
+    fields = [program.lower_RN, program.upper_RN, program.a_RN, program.b_RN, g_RN, centre_RN]
+    numbers_RFN = torch.from_numpy(np.stack([field[:, part] for field in fields], axis=1))
+    numbers_RFN[:, : UPPER + 1] = numbers_RFN[:, : UPPER + 1].to(dtype).double()
+    return numbers_RFN.float()
+
+
+def _kinds(program: SiteProgram) -> Tensor:
+    """[R, 2] bool: constant, adaptive."""
+    n_rules = len(program.rule_R)
+    adaptive_R = np.zeros(n_rules, bool) if program.g_RN is None else program.g_RN.any(axis=1)
+    return torch.from_numpy(np.stack([program.constant_R, adaptive_R], axis=1))
