@@ -1,0 +1,113 @@
+"""The rules of many slots on tokens in a row: the compiled pass and the torch operations, held to numpy by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from neuronlens.vllm.tables import NoRoom, SlotTables, replace_by_numba, replace_by_torch
+from tests.neuronlens.vllm.boards import CONFIG, RULES, board, by_hand, program, rank_site, values
+
+WAYS = {"numba": replace_by_numba, "torch": replace_by_torch}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_replace__does_to_each_token_what_its_own_program_says(way, dtype):
+    width, slots = 37, [0, 1, 2, 3, 4, 2, 0, 1]
+    programs = [program(rules, width) for rules in RULES]
+    made, _ = board([rank_site(width)], dtype=dtype, config=CONFIG.model_copy(update={"rule_rows": 7}))
+    for slot, one in enumerate(programs, start=1):
+        made.tables.put(slot, one.sites)
+    x_TN = values(len(slots), width, 5, dtype)
+    before = x_TN.double().numpy().copy()
+    made.host_2T[0, : len(slots)], made.host_2T[1, : len(slots)] = slots, slots
+    made.seat(len(slots))
+    WAYS[way](x_TN, made.tables.sites[0], made.slot_T, made.counter_T, made.counts_UC)
+    expected_counts = np.zeros((9, 4), int)
+    for t, slot in enumerate(slots):
+        expected, counts = (before[t], [0]) if slot == 0 else by_hand(programs[slot - 1], 0, before[t], dtype)
+        rounded = torch.from_numpy(expected).float().to(dtype).double().numpy()
+        np.testing.assert_allclose(x_TN[t].double().numpy(), rounded, rtol=1e-6 if dtype is torch.float32 else 1e-2)
+        expected_counts[slot, : len(counts)] += counts
+        assert slot == 0 or not np.array_equal(expected, before[t], equal_nan=True)
+    np.testing.assert_array_equal(made.counts_UC.numpy(), expected_counts)
+
+
+def test_replace__leaves_tokens_without_a_program_to_the_last_bit():
+    made, _ = board([rank_site(16)], dtype=torch.bfloat16)
+    made.tables.put(1, program(RULES[0], 16).sites)
+    x_TN = values(6, 16, 3, torch.bfloat16)
+    before = x_TN.view(torch.int16).clone()
+    made.host_2T[0, :6] = [0, 1, 0, 0, 1, 0]
+    made.seat(6)
+    made.run(x_TN, 0)
+    changed_T = (x_TN.view(torch.int16) != before).any(dim=1)
+    assert changed_T.tolist() == [False, True, False, False, True, False]
+
+
+def test_tables__take_each_ranks_slice_of_a_program():
+    width = 40
+    whole, _ = board([rank_site(width)])
+    whole.tables.put(1, program(RULES[2], width).sites)
+    x_TN = values(5, width, 9)
+    parts = []
+    for rank in (0, 1):
+        part, _ = board([rank_site(20, first=20 * rank, full_width=width)], rank=rank)
+        part.tables.put(1, program(RULES[2], width).sites)
+        half_TN = x_TN[:, 20 * rank : 20 * rank + 20].clone()
+        for one in (part,):
+            one.host_2T[:, :5] = 1
+            one.seat(5)
+            one.run(half_TN, 0)
+        parts.append((half_TN, part.counts(1)))
+    whole.host_2T[:, :5] = 1
+    whole.seat(5)
+    whole.run(x_TN, 0)
+    torch.testing.assert_close(torch.cat([half for half, _ in parts], dim=1), x_TN, rtol=0, atol=0, equal_nan=True)
+    assert [sum(pair) for pair in zip(*(counts for _, counts in parts), strict=True)] == whole.counts(1)
+
+
+def test_board__counts_once_where_every_rank_sees_the_same_values():
+    for rank, expected in ((0, True), (1, False)):
+        made, _ = board([rank_site(16)], rank=rank)
+        made.tables.put(1, program(RULES[0], 16).sites)
+        made.host_2T[:, :3] = 1
+        made.seat(3)
+        made.run(values(3, 16, 2), 0)
+        assert (made.counts(1)[0] > 0) is expected
+
+
+def test_board__puts_a_replacement_into_the_residual_to_the_last_bit():
+    made, _ = board([rank_site(32)])
+    made.tables.put(1, program(RULES[3], 32).sites)
+    x_TN, residual_TN = values(6, 32, 4), values(6, 32, 8)
+    sum_TN = x_TN + residual_TN
+    made.host_2T[0, :6] = [1, 0, 1, 1, 0, 1]
+    made.seat(6)
+    made.run_pair(x_TN, residual_TN, 0)
+    expected_TN = sum_TN.clone()
+    made.run(expected_TN, 0)
+    torch.testing.assert_close(x_TN + residual_TN, expected_TN, rtol=0, atol=0, equal_nan=True)
+    assert not torch.equal(torch.nan_to_num(expected_TN), torch.nan_to_num(sum_TN))
+
+
+def test_tables__give_rule_rows_back_and_refuse_what_does_not_fit():
+    tables = SlotTables([rank_site(8)], CONFIG, torch.device("cpu"), torch.float32)
+    three = program(RULES[3], 8).sites
+    tables.put(1, three)
+    tables.put(2, three)
+    with pytest.raises(NoRoom):
+        tables.put(3, three)
+    tables.clear(1)
+    tables.put(3, three)
+    assert tables.sites[0].n_rules_S.tolist() == [0, 0, 3, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "width", "layer", "n_rules"),
+    [("is not hooked", 8, 5, 1), ("has 9 neurons", 9, 0, 1), ("4 rules act", 8, 0, 4)],
+)
+def test_tables__say_why_a_program_can_never_run(wanted, width, layer, n_rules):
+    tables = SlotTables([rank_site(8)], CONFIG, torch.device("cpu"), torch.float32)
+    rules = [{"concept": "joy", "tau": 1.0 + i} for i in range(n_rules)]
+    assert wanted in (tables.fault(program(rules, width, layers=[layer]).sites) or "")
