@@ -104,11 +104,11 @@ def _by_rules(x_N, named_N, rules_2R, numbers_KFN, kinds_K2, out_N, counts_C):  
 
 @_jit
 def replace_in_place(  # type: ignore[no-untyped-def]
-    x_TN, slot_T, counter_T, n_rules_S, rules_2SR, named_SN, numbers_KFN, kinds_K2, counts_UC
+    x_TN, slot_T, n_rules_S, rules_2SR, named_SN, numbers_KFN, kinds_K2, counts_TC
 ):
     """As `replace_inside`, for rows that are single tokens of many sequences, changed where they lie.
 
-    Token t runs under slot_T[t] and is counted in row counter_T[t] of counts_UC.
+    Token t runs under slot_T[t] and is counted in row t of counts_TC.
     """
     # A loop that writes where it reads does not become vector instructions.
     out_N = np.empty(x_TN.shape[1], x_TN.dtype)
@@ -117,7 +117,7 @@ def replace_in_place(  # type: ignore[no-untyped-def]
         n_rules = n_rules_S[s]
         if n_rules == 0:
             continue
-        x_N, counts_C = x_TN[t], counts_UC[counter_T[t]]
+        x_N, counts_C = x_TN[t], counts_TC[t]
         if n_rules == 1:
             k = rules_2SR[BANK, s, 0]
             tested, changed = _by_one_rule(x_N, named_SN[s], numbers_KFN[k], kinds_K2[k], out_N)

@@ -12,24 +12,28 @@ from torch import Tensor
 
 from neuronlens.vllm.tables import SiteTables, SlotTables, replace_by_numba, replace_by_torch
 
-Replace = Callable[[Tensor, SiteTables, Tensor, Tensor, Tensor], None]
+Replace = Callable[[Tensor, SiteTables, Tensor, Tensor], None]
+"""Takes x_TN, the site's tables, slot_T and counts_TC."""
 
 
 class Board:
-    """slot_T: each token's slot; counter_T: the row of counts_UC that it is counted in, row 0 for nobody's.
-
-    counts_UC is int64, a row a ticket: tested, then changed by each rule.
+    """slot_T (int32): each token's slot. counts_TC (int32): what this forward pass did to each token: tested, then
+    changed by each rule; after the pass it is added to the rows of counts_UC (int64), a row a ticket, row 0 nobody's.
     """
 
     def __init__(
         self, tables: SlotTables, *, n_tokens: int, n_counters: int, n_rules: int, rank: int, device: torch.device
     ) -> None:
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
         self.tables = tables
         self.is_idle = True
-        self.slot_T = torch.zeros(n_tokens, dtype=torch.int32, device=device)
-        self.counter_T = torch.zeros(n_tokens, dtype=torch.int32, device=device)
-        self.counts_UC = torch.zeros(n_counters + 1, 1 + n_rules, dtype=torch.int64, device=device)
-        self._nobody_T = torch.zeros(n_tokens, dtype=torch.int32, device=device)
+        self.slot_T = zeros(n_tokens, dtype=torch.int32)
+        self.counts_TC = zeros(n_tokens, 1 + n_rules, dtype=torch.int32)
+        self.counts_UC = zeros(n_counters + 1, 1 + n_rules, dtype=torch.int64)
+        self._counter_T = zeros(n_tokens, dtype=torch.int32)
+        self._nobodys_TC = torch.zeros_like(self.counts_TC)
         self._is_cpu = device.type == "cpu"
         # Where every rank sees the same values, one of them counts.
         self._counts_here = [site.site.is_sliced or rank == 0 for site in tables.sites]
@@ -39,31 +43,33 @@ class Board:
 
     @property
     def host_2T(self) -> np.ndarray:
-        """Slots and counters of the next forward pass, to be filled in before `seat`."""
+        """Slots of the next forward pass, and rows of counts_UC, to be filled in before `seat`."""
         return self._host_2T.numpy()
 
     def seat(self, n_tokens: int) -> None:
         """Take over the first n_tokens of host_2T; every other token is without a program."""
-        n = max(n_tokens, self._n_seated)
-        self._host_2T[:, n_tokens:n] = 0
-        self.slot_T[:n].copy_(self._host_2T[0, :n], non_blocking=True)
-        self.counter_T[:n].copy_(self._host_2T[1, :n], non_blocking=True)
+        self.rest()
+        self.slot_T[:n_tokens].copy_(self._host_2T[0, :n_tokens], non_blocking=True)
+        self._counter_T[:n_tokens].copy_(self._host_2T[1, :n_tokens], non_blocking=True)
         self._n_seated, self.is_idle = n_tokens, False
 
     def rest(self) -> None:
-        """No token has a program, until the next `seat`."""
+        """The forward pass is over: write down its counts. No token has a program, until the next `seat`."""
         if self.is_idle:
             return
-        self.slot_T[: self._n_seated].zero_()
-        self._n_seated, self.is_idle = 0, True
+        seated = slice(self._n_seated)
+        self.counts_UC.index_add_(0, self._counter_T[seated], self.counts_TC[seated].long())
+        self.counts_TC[seated].zero_()
+        self.slot_T[seated].zero_()
+        self.is_idle = True
 
     def run(self, x_TN: Tensor, index: int) -> None:
         """Replace, in x_TN, the values inside a range of their token's program at site `index`."""
         # A CUDA graph is captured while nobody is seated, and has to hold the launch.
         if self.is_idle and self._is_cpu:
             return
-        counter_T = self.counter_T if self._counts_here[index] else self._nobody_T
-        self._replace(x_TN, self.tables.sites[index], self.slot_T, counter_T, self.counts_UC)
+        counts_TC = self.counts_TC if self._counts_here[index] else self._nobodys_TC
+        self._replace(x_TN, self.tables.sites[index], self.slot_T, counts_TC)
 
     def run_pair(self, x_TN: Tensor, residual_TN: Tensor, index: int) -> None:
         """The same where the values are x_TN + residual_TN: a value that is replaced stands in the residual, and x is 0
@@ -79,8 +85,17 @@ class Board:
 
     def counts(self, row: int) -> list[int]:
         """What was counted in a row, which is 0 again afterwards. Waits for the device."""
+        self.rest()
         found = self.counts_UC[row].tolist()
         self.counts_UC[row] = 0
+        return found
+
+    def n_tested(self) -> int:
+        """How many values were tested since the last call, whoever counts them; forgets all counts. For the canary."""
+        self.rest()
+        found = int(self.counts_UC[:, 0].sum()) + int(self._nobodys_TC[:, 0].sum())
+        self.counts_UC.zero_()
+        self._nobodys_TC.zero_()
         return found
 
 

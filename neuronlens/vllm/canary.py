@@ -13,7 +13,7 @@ from neuronlens.programs import SiteProgram
 from neuronlens.vllm.board import Board
 from neuronlens.vllm.sites import RankSite
 
-_SLOT, _ROW = 1, 1
+_SLOT = 1
 
 
 def check_hooks(board: Board, forward: Callable[[], torch.Tensor]) -> None:
@@ -39,17 +39,14 @@ def check_hooks(board: Board, forward: Callable[[], torch.Tensor]) -> None:
 def _zeroed(board: Board, site: RankSite, forward: Callable[[], torch.Tensor]) -> tuple[int, torch.Tensor]:
     """How many values were tested while the site was zero everywhere, and what the model computed."""
     board.tables.put(_SLOT, [_all_to_zero(site)])
-    board.host_2T[0], board.host_2T[1] = _SLOT, _ROW
+    board.host_2T[:] = _SLOT
     try:
         board.seat(board.host_2T.shape[1])
         hidden_TD = forward().clone()
     finally:
         board.rest()
         board.tables.clear(_SLOT)
-    # On a rank that leaves the counting to another, its values are counted for nobody, in row 0.
-    n_tested = int(board.counts_UC[:, 0].sum())
-    board.counts_UC.zero_()
-    return n_tested, hidden_TD
+    return board.n_tested(), hidden_TD
 
 
 def _all_to_zero(site: RankSite) -> SiteProgram:

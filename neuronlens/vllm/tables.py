@@ -146,22 +146,22 @@ class SlotTables:
             self._free[index].extend(rows)
 
 
-def replace_by_numba(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counter_T: Tensor, counts_UC: Tensor) -> None:
-    """Change x_TN, in the CPU's memory and of any floating dtype, in place: one compiled pass."""
+def replace_by_numba(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_TC: Tensor) -> None:
+    """Change x_TN, in the CPU's memory and of any floating dtype, in place: one compiled pass. slot_T and counts_TC
+    (int32: tested, then changed by each rule) may have more tokens than x_TN."""
     x = x_TN if x_TN.dtype is torch.float32 and x_TN.is_contiguous() else x_TN.float().contiguous()
-    seats = slot_T[: len(x)].numpy(), counter_T[: len(x)].numpy()
-    replace_in_place(x.numpy(), *seats, *tables.arrays, counts_UC.numpy())
+    replace_in_place(x.numpy(), slot_T.numpy(), *tables.arrays, counts_TC.numpy())
     if x is not x_TN:
         x_TN.copy_(x)
 
 
-def replace_by_torch(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counter_T: Tensor, counts_UC: Tensor) -> None:
+def replace_by_torch(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_TC: Tensor) -> None:
     """The same by torch operations, on any device, without waiting for it: what the Triton kernel is held to."""
-    slot_T, counter_T = slot_T[: len(x_TN)].long(), counter_T[: len(x_TN)].long()
+    slot_T, counts_TC = slot_T[: len(x_TN)].long(), counts_TC[: len(x_TN)]
     x = x_TN.float()
     finite_TN = torch.isfinite(x)
     named_TN = tables.named_SN[slot_T] > 0
-    counts_UC[:, 0].index_add_(0, counter_T, (finite_TN & named_TN).sum(dim=1))
+    counts_TC[:, 0] += (finite_TN & named_TN).sum(dim=1)
     out_TN, decided_TN = x, torch.zeros_like(finite_TN)
     for r in range(tables.rules_2SR.shape[2]):
         is_rule_T = tables.n_rules_S[slot_T] > r
@@ -171,8 +171,8 @@ def replace_by_torch(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counter_T
         out_TN = torch.where(inside_TN, _replaced(x, numbers_TFN, tables.kinds_K2[k_T]), out_TN)
         decided_TN = decided_TN | inside_TN
         column_T = 1 + torch.where(is_rule_T, tables.rules_2SR[RULE, slot_T, r], 0)
-        flat_T = counter_T * counts_UC.shape[1] + column_T
-        counts_UC.view(-1).index_add_(0, flat_T, (inside_TN & finite_TN).sum(dim=1))
+        n_inside_T1 = (inside_TN & finite_TN).sum(dim=1, keepdim=True, dtype=torch.int32)
+        counts_TC.scatter_add_(1, column_T[:, None], n_inside_T1)
     x_TN.copy_(out_TN)
 
 

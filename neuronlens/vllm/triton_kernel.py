@@ -12,30 +12,34 @@ from torch import Tensor
 from neuronlens.vllm.tables import SiteTables
 
 _BLOCK = 1024
+_FEW_TOKENS = 64
+"""Up to so many, a token's neurons are shared out over several programs; beyond, starting those would cost more."""
 
 
-def replace_by_triton(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counter_T: Tensor, counts_UC: Tensor) -> None:
+def replace_by_triton(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_TC: Tensor) -> None:
     """As `tables.replace_by_torch`. x_TN lies on the GPU, its neurons side by side."""
     n_tokens, n_neurons = x_TN.shape
     block = min(_BLOCK, triton.next_power_of_2(n_neurons))
-    with torch.cuda.device(x_TN.device):
-        _replace[(n_tokens, triton.cdiv(n_neurons, block))](
-            x_TN,
-            x_TN.stride(0),
-            n_neurons,
-            slot_T,
-            counter_T,
-            tables.n_rules_S,
-            tables.rules_2SR,
-            tables.rules_2SR.stride(0),
-            tables.rules_2SR.stride(1),
-            tables.named_SN,
-            tables.numbers_KFN,
-            tables.kinds_K2.view(torch.uint8),
-            counts_UC,
-            counts_UC.stride(0),
-            BLOCK=block,
-        )
+    n_blocks = triton.cdiv(n_neurons, block)
+    n_shares = n_blocks if n_tokens <= _FEW_TOKENS else 1
+    _replace[(n_tokens, n_shares)](
+        x_TN,
+        x_TN.stride(0),
+        n_neurons,
+        slot_T,
+        tables.n_rules_S,
+        tables.rules_2SR,
+        tables.rules_2SR.stride(0),
+        tables.rules_2SR.stride(1),
+        tables.named_SN,
+        tables.numbers_KFN,
+        tables.kinds_K2.view(torch.uint8),
+        counts_TC,
+        counts_TC.stride(0),
+        BLOCK=block,
+        N_BLOCKS=n_blocks // n_shares,
+        N_COUNTS=triton.next_power_of_2(counts_TC.shape[1]),
+    )
 
 
 @triton.jit
@@ -44,7 +48,6 @@ def _replace(  # type: ignore[no-untyped-def]
     x_stride,
     n_neurons,
     slot_ptr,
-    counter_ptr,
     n_rules_ptr,
     rules_ptr,
     rules_stride_2,
@@ -55,42 +58,49 @@ def _replace(  # type: ignore[no-untyped-def]
     counts_ptr,
     counts_stride,
     BLOCK: tl.constexpr,
+    N_BLOCKS: tl.constexpr,
+    N_COUNTS: tl.constexpr,
 ):
-    """One token, BLOCK neurons."""
-    token = tl.program_id(0)
+    """One token, BLOCK * N_BLOCKS neurons."""
+    token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + token).to(tl.int64)
     if slot != 0:
+        # Loads that wait for one another are most of the time on a few tokens: what can be asked for is asked for.
         n_rules = tl.load(n_rules_ptr + slot)
-        if n_rules != 0:
-            neuron = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        first_row = tl.load(rules_ptr + slot * rules_stride_S)
+        column = tl.arange(0, N_COUNTS)
+        counted = tl.zeros([N_COUNTS], dtype=tl.int32)
+        for i in range(N_BLOCKS):
+            neuron = (tl.program_id(1) * N_BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
             here = neuron < n_neurons
-            place = x_ptr + token.to(tl.int64) * x_stride + neuron
+            place = x_ptr + token * x_stride + neuron
             x = tl.load(place, mask=here, other=0.0).to(tl.float32)
-            finite = here & (x - x == 0.0)
             named = tl.load(named_ptr + slot * n_neurons + neuron, mask=here, other=0)
-            counts = counts_ptr + tl.load(counter_ptr + token).to(tl.int64) * counts_stride
-            n_tested = tl.sum((finite & (named != 0)).to(tl.int32), axis=0)
-            tl.atomic_add(counts, n_tested.to(tl.int64))
+            finite = here & (x - x == 0.0)
+            counted += tl.where(column == 0, tl.sum((finite & (named != 0)).to(tl.int32), axis=0), 0)
             out = x
             decided = neuron < 0
+            row = first_row
             for r in range(n_rules):
-                row = tl.load(rules_ptr + slot * rules_stride_S + r)
                 numbers = numbers_ptr + row * 6 * n_neurons + neuron
                 lower = tl.load(numbers, mask=here, other=float("inf"))
                 upper = tl.load(numbers + n_neurons, mask=here, other=-float("inf"))
-                inside = (x >= lower) & (x <= upper) & ~decided
-                b = tl.load(numbers + 3 * n_neurons, mask=inside, other=0.0)
+                b = tl.load(numbers + 3 * n_neurons, mask=here, other=0.0)
+                is_constant = tl.load(kinds_ptr + row * 2)
+                is_adaptive = tl.load(kinds_ptr + row * 2 + 1)
+                rule = tl.load(rules_ptr + rules_stride_2 + slot * rules_stride_S + r)
+                row = tl.load(rules_ptr + slot * rules_stride_S + r + 1, mask=r + 1 < n_rules, other=0)
+                inside = (x >= lower) & (x <= upper) & (decided == 0)
                 new = b
-                if tl.load(kinds_ptr + row * 2) == 0:
+                if is_constant == 0:
                     slope = tl.load(numbers + 2 * n_neurons, mask=inside, other=0.0)
-                    if tl.load(kinds_ptr + row * 2 + 1) != 0:
+                    if is_adaptive != 0:
                         g = tl.load(numbers + 4 * n_neurons, mask=inside, other=0.0)
                         centre = tl.load(numbers + 5 * n_neurons, mask=inside, other=0.0)
                         slope = slope + g * tl.abs(x - centre)
                     new = x * slope + b
                 out = tl.where(inside, new, out)
                 decided = decided | inside
-                rule = tl.load(rules_ptr + rules_stride_2 + slot * rules_stride_S + r)
-                n_changed = tl.sum((inside & finite).to(tl.int32), axis=0)
-                tl.atomic_add(counts + 1 + rule, n_changed.to(tl.int64))
+                counted += tl.where(column == 1 + rule, tl.sum((inside & finite).to(tl.int32), axis=0), 0)
             tl.store(place, out.to(x_ptr.dtype.element_ty), mask=here & decided)
+        tl.atomic_add(counts_ptr + token * counts_stride + column, counted, mask=counted > 0, sem="relaxed")

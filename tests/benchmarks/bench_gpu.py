@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from neuronlens.accumulate import TorchAccumulator
-from neuronlens.vllm.board import Board
+from neuronlens.vllm.board import Board, Replace
 from neuronlens.vllm.config import WorkerConfig
-from neuronlens.vllm.tables import SiteTables, SlotTables, replace_by_torch
+from neuronlens.vllm.tables import SlotTables, replace_by_torch
 from neuronlens.vllm.triton_kernel import replace_by_triton
 from tests.neuronlens.vllm.boards import program, rank_site
 
@@ -100,7 +100,7 @@ def tell(**found: str | float) -> None:
 
 def steering(n_layers: int, repeats: int) -> None:
     weights = layer_weights(n_layers)
-    replaces: dict[str, Callable[[Tensor, SiteTables, Tensor, Tensor, Tensor], None]] = {
+    replaces: dict[str, Replace] = {
         "triton": replace_by_triton,
         "torch": replace_by_torch,
     }
@@ -108,12 +108,8 @@ def steering(n_layers: int, repeats: int) -> None:
         x_TD = torch.randn(n_tokens, D_MODEL, dtype=torch.bfloat16, device="cuda")
         board = board_of(n_layers, n_tokens)
 
-        def hook_of(
-            replace: Callable[[Tensor, SiteTables, Tensor, Tensor, Tensor], None], board: Board = board
-        ) -> Callable[[Tensor, int], None]:
-            return lambda x_TN, layer: replace(
-                x_TN, board.tables.sites[layer], board.slot_T, board.counter_T, board.counts_UC
-            )
+        def hook_of(replace: Replace, board: Board = board) -> Callable[[Tensor, int], None]:
+            return lambda x_TN, layer: replace(x_TN, board.tables.sites[layer], board.slot_T, board.counts_TC)
 
         def graph_of(hook: Callable[[Tensor, int], None] | None, x_TD: Tensor = x_TD) -> Callable[[], None]:
             return captured(lambda: blocks(weights, x_TD, hook))

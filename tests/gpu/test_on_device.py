@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from neuronlens.accumulate import TorchAccumulator
+from neuronlens.models import LoadedModel
 from neuronlens.serving.engine import Generation, Sampling
 from neuronlens.serving.settings import Limits
 from neuronlens.serving.transformers_engine import TransformersEngine
@@ -52,8 +53,8 @@ def test_slots__change_on_the_gpu_what_they_change_on_the_cpu(dtype):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_engine__gives_each_sequence_what_it_says_alone_on_the_gpu(architecture):
-    loaded = tiny_loaded(architecture)
-    loaded.module.to("cuda")
+    bare = tiny_loaded(architecture)
+    loaded = LoadedModel.of(bare.module.to("cuda"), bare.tokenizer)
     prompts = [[7, 8, 9, 10], [11, 12], [13, 14, 15, 16, 17, 18, 19], [8, 8, 8]]
     cpu = tiny_loaded(architecture)
     wanted = [alone(cpu, prompt, 10, rules) for prompt, rules in zip(prompts, RULES, strict=False)]

@@ -22,7 +22,8 @@ def test_replace__does_to_each_token_what_its_own_program_says(way, dtype):
     before = x_TN.double().numpy().copy()
     made.host_2T[0, : len(slots)], made.host_2T[1, : len(slots)] = slots, slots
     made.seat(len(slots))
-    WAYS[way](x_TN, made.tables.sites[0], made.slot_T, made.counter_T, made.counts_UC)
+    WAYS[way](x_TN, made.tables.sites[0], made.slot_T, made.counts_TC)
+    made.rest()
     expected_counts = np.zeros((9, 4), int)
     for t, slot in enumerate(slots):
         expected, counts = (before[t], [0]) if slot == 0 else by_hand(programs[slot - 1], 0, before[t], dtype)

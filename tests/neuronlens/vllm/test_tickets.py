@@ -51,11 +51,11 @@ def test_seat__counts_no_position_twice():
     admitted(tickets, "t", "p1", ONE_RULE["p1"])
     row = tickets._tickets["t"].row
     seat(tickets, ("x", "t", 4, 0, 6))
-    assert made.counter_T[:4].tolist() == [row] * 4
+    assert made._counter_T[:4].tolist() == [row] * 4
     seat(tickets, ("x", "t", 6, 0, 6))  # preempted, and begun again with a larger chunk
-    assert made.counter_T[:6].tolist() == [0] * 4 + [row] * 2
+    assert made._counter_T[:6].tolist() == [0] * 4 + [row] * 2
     seat(tickets, ("x", "t", 3, 2, 6))
-    assert made.counter_T[:3].tolist() == [0] * 3
+    assert made._counter_T[:3].tolist() == [0] * 3
     assert (made.slot_T[:3] > 0).all(), "what is computed again is still steered"
 
 
@@ -97,7 +97,7 @@ def test_release__keeps_the_program_for_stragglers_until_its_slot_is_needed():
     tickets.release("t")
     seat(tickets, ("x", "t", 2, 0, 2))
     assert made.slot_T[:2].tolist() == [slot, slot]
-    assert made.counter_T[:2].tolist() == [0, 0]
+    assert made._counter_T[:2].tolist() == [0, 0]
     for i in range(2, 2 + CONFIG.slots):
         admitted(tickets, f"t{i}", f"p{i}", ONE_RULE[f"p{i}"])
     seat(tickets, ("x", "t", 2, 0, 2))
