@@ -11,6 +11,7 @@ import torch
 
 from neuronlens.vllm.board import Board
 from neuronlens.vllm.canary import check_hooks
+from neuronlens.vllm.collector import Collector, Unit, attach_collecting_hooks, check_eager
 from neuronlens.vllm.config import KEY, WorkerConfig
 from neuronlens.vllm.features import check_features
 from neuronlens.vllm.hooks import attach_hooks
@@ -31,6 +32,8 @@ class SteeringWorker:
     def __init__(self, vllm_config: "VllmConfig", *args: Any, **kwargs: Any) -> None:
         self.lens_config = WorkerConfig.of(vllm_config.additional_config)
         check_features(vllm_config, self.lens_config)
+        if self.lens_config.mode == "collect":
+            check_eager(vllm_config)
         # Before anything is compiled: a graph is looked up by this too.
         vllm_config.additional_config = {**vllm_config.additional_config, KEY: self.lens_config.stamped()}
         super().__init__(vllm_config, *args, **kwargs)  # type: ignore[call-arg]
@@ -39,7 +42,11 @@ class SteeringWorker:
         super().load_model(**kwargs)  # type: ignore[misc]
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         self.rank_sites = self.find_sites(runner.model)
-        self.hook_model(runner)
+        self.at_work: Board | Collector
+        if self.lens_config.mode == "collect":
+            self.hook_collector(runner)
+        else:
+            self.hook_model(runner)
 
     def find_sites(self, model: torch.nn.Module) -> tuple[RankSite, ...]:
         hf_config = self.model_config.hf_text_config  # type: ignore[attr-defined]
@@ -58,6 +65,7 @@ class SteeringWorker:
             rank=self.rank,  # type: ignore[attr-defined]
             device=runner.device,
         )
+        self.at_work = self.board
         self.tickets = Tickets(self.board, n_slots=config.slots, n_counters=n_counters)
         self.vllm_config.compilation_config.static_forward_context[KEY] = self.board  # type: ignore[attr-defined]
         attach_hooks(runner.model, self.rank_sites)
@@ -66,9 +74,21 @@ class SteeringWorker:
         else:
             watch_runner(runner, self.tickets)
 
+    def hook_collector(self, runner: Any) -> None:
+        """Hooks that collect, and the same seam."""
+        self.at_work = self.collector = Collector(
+            self.rank_sites,
+            rank=self.rank,  # type: ignore[attr-defined]
+            device=runner.device,
+            n_threads=torch.get_num_threads(),
+        )
+        attach_collecting_hooks(runner.model, self.collector)
+        watch_runner(runner, self.collector)
+
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()  # type: ignore[misc]
-        self.check()
+        if self.lens_config.mode == "steer":
+            self.check()
         return times
 
     def check(self) -> None:
@@ -82,7 +102,7 @@ class SteeringWorker:
             return super().execute_model(*args, **kwargs)  # type: ignore[misc]
         finally:
             # What vLLM runs between steps, such as dummy batches, has no program.
-            self.board.rest()
+            self.at_work.rest()
 
     # --- what the server calls, on every rank ------------------------------------------------------------------------
 
@@ -112,6 +132,17 @@ class SteeringWorker:
     def neuronlens_load(self) -> int:
         """Distinct programs at work."""
         return self.tickets.n_programs
+
+    # --- what a collecting engine calls, on every rank ---------------------------------------------------------------
+
+    def neuronlens_begin_shard(self, shard: str, unit: Unit, histograms: bool) -> None:
+        """`Collector.begin`."""
+        self.collector.begin(shard, unit, histograms=histograms)
+
+    def neuronlens_end_shard(self) -> tuple[bytes, bytes]:
+        """`Collector.end`: this rank's part of the statistics."""
+        with torch.inference_mode():
+            return self.collector.end()
 
 
 @cache
