@@ -41,7 +41,7 @@ def main(
         trust_files=trust_files,
         owns_process=True,
     )
-    with ray_session(), driver, Spares(loaded.compute) as spares:
+    with ray_session(), driver, Spares(loaded.compute, loaded.model.backend) as spares:
         plan, opened = driver.plan(name=recipe.stem, store_root=store)
         with driver.holding(opened, "jobs.collect") as lease:
             driver.collect(plan, opened, lease, spares)

@@ -66,7 +66,8 @@ class ModelSection(_Section):
     id: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    backend: Literal["transformers"] = "transformers"
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What the model runs in while texts are collected."""
     modules: dict[str, str] = Field(default_factory=dict)
     """Where the hook points are, for an architecture that we do not know: hook point -> 'module.path.{layer}:input'."""
 
@@ -138,6 +139,8 @@ class OverlapSection(_Section):
 class ComputeSection(_Section):
     workers: Auto | Annotated[int, Field(ge=1)] = "auto"
     gpus_per_worker: Auto | Annotated[float, Field(ge=0)] = "auto"
+    tensor_parallel: Auto | Annotated[int, Field(ge=1)] = "auto"
+    """Backend vllm: the ranks that one model is cut into; `auto`: a rank a GPU of the worker."""
     tokens_per_batch: Auto | Annotated[int, Field(ge=1)] = "auto"
     memory_limit: Annotated[int | None, BeforeValidator(parse_bytes)] = None
     """Bytes that each SQL task may use before it spills to disk; by default a share of what the machine has."""

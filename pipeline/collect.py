@@ -16,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from neuronlens.accumulate import Accumulator
 from neuronlens.batches import TokenBatch, pad
 from neuronlens.capture import Capture
 from neuronlens.errors import RunFailed
@@ -92,6 +91,14 @@ class Place(Protocol):
     def width(self) -> int: ...
 
 
+class Full(Protocol):
+    """The statistics of a place, once all texts of a shard are in them."""
+
+    def moments(self) -> Moments: ...
+
+    def counts(self) -> np.ndarray | None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectSpec:
     """How every shard of a store is collected: what store.json decided, in the form that a collector needs."""
@@ -107,6 +114,7 @@ class CollectSpec:
     """The right token or class of each concept, where the answers are recorded or only the correct ones count."""
     predictions: bool = False
     only_correct: bool = False
+    backend: str = "transformers"
 
     @classmethod
     def of(cls, description: dict[str, Any], answers: dict[str, int] | None) -> "CollectSpec":
@@ -123,6 +131,7 @@ class CollectSpec:
             answers=description.get("answers") or (answers if description["only_correct"] else None),
             predictions=description.get("predictions", False),
             only_correct=description["only_correct"],
+            backend=description.get("backend", "transformers"),
         )
 
 
@@ -132,7 +141,10 @@ class Collected:
 
     shard: Shard
     samples: pa.Table
-    capture: Capture
+    sites: Sequence[Place]
+    accumulators: Sequence[Full]
+    capture: Capture | None = None
+    """Where raw values wait; None where none can be."""
     n_kept: int = 0
     sample_ids: list[np.ndarray] = field(default_factory=list)
     """The sample numbers of each batch."""
@@ -161,8 +173,8 @@ def run_shard(
     capture = Capture(
         loaded, sites, unit=spec.unit, histograms=spec.histograms, raw=_raw_sites(spec, sites), n_threads=n_threads
     )
-    collected = Collected(shard=shard, samples=samples, capture=capture)
-    _forward(loaded, spec, collected)
+    collected = Collected(shard=shard, samples=samples, sites=sites, accumulators=capture.accumulators, capture=capture)
+    _forward(loaded, spec, capture, collected)
     statistics_seconds = capture.statistics_seconds
     forward_seconds = time.perf_counter() - started - statistics_seconds
     collected.seconds = {"forward": forward_seconds, "statistics": statistics_seconds}
@@ -172,13 +184,14 @@ def run_shard(
 def commit_shard(spec: CollectSpec, store: Store, collected: Collected) -> dict[str, Any]:
     """Write what was collected and create the receipt. Returns the receipt that counts."""
     started = time.perf_counter()
-    shard, capture = collected.shard, collected.capture
-    moments = [accumulator.moments() for accumulator in capture.accumulators]
+    shard, sites = collected.shard, collected.sites
+    moments = [accumulator.moments() for accumulator in collected.accumulators]
     attempt = new_attempt()
-    files = [write_partials(store, shard, attempt, capture.sites, moments)]
+    files = [write_partials(store, shard, attempt, sites, moments)]
     if spec.histograms:
-        files.append(write_histograms(store, shard, attempt, capture.sites, capture.accumulators))
-    files += _write_raw(store, shard, attempt, capture, spec, collected.sample_ids)
+        files.append(write_histograms(store, shard, attempt, sites, collected.accumulators))
+    if collected.capture is not None:
+        files += _write_raw(store, shard, attempt, collected.capture, spec, collected.sample_ids)
     if collected.predictions is not None:
         files.append(write_predictions(store, shard, attempt, collected.predictions))
     seconds = collected.seconds | {"write": time.perf_counter() - started}
@@ -193,7 +206,7 @@ def commit_shard(spec: CollectSpec, store: Store, collected: Collected) -> dict[
         n_tokens=shard.n_tokens,
         n_truncated=int(np.sum(collected.samples["truncated"].to_numpy())),
         n_nonfinite=int(sum(part.n_nonfinite_N.sum() for part in moments)),
-        versions=package_versions(),
+        versions=package_versions(spec.backend),
         seconds=seconds | {"total": sum(seconds[work] for work in ("forward", "statistics", "write"))},
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -232,7 +245,7 @@ def batches_of(samples: pa.Table, pad_id: int) -> Iterator[tuple[np.ndarray, Tok
         yield np.arange(first, last), pad(rows[first:last], pad_id=pad_id)
 
 
-def _forward(loaded: LoadedModel, spec: CollectSpec, collected: Collected) -> None:
+def _forward(loaded: LoadedModel, spec: CollectSpec, capture: Capture, collected: Collected) -> None:
     sample_ids = collected.samples["sample"].to_numpy()
     key = None if spec.answers is None else AnswerKey.of(spec.answers, collected.shard.concept)
     answered = []
@@ -240,9 +253,9 @@ def _forward(loaded: LoadedModel, spec: CollectSpec, collected: Collected) -> No
     for rows, batch in batches_of(collected.samples, loaded.pad_id):
         collected.sample_ids.append(sample_ids[rows])
         if key is None:
-            collected.capture.add(batch)
+            capture.add(batch)
         else:
-            answered.append(collected.capture.add_and_predict(batch, key, only_correct=spec.only_correct))
+            answered.append(capture.add_and_predict(batch, key, only_correct=spec.only_correct))
     if key is not None:
         predictions = Predictions.joined(answered).cpu()
         collected.n_correct = int(predictions.correct_B.sum())
@@ -283,7 +296,7 @@ def write_partials(
 
 
 def write_histograms(
-    store: Store, shard: Shard, attempt: str, sites: Sequence[Place], accumulators: Sequence[Accumulator]
+    store: Store, shard: Shard, attempt: str, sites: Sequence[Place], accumulators: Sequence[Full]
 ) -> StoredFile:
     """The sparse counts of one shard, a row group a site."""
 

@@ -29,6 +29,7 @@ from pipeline.pool import Failure, Pool
 from pipeline.progress import QUARANTINE, CollectProgress
 from pipeline.statistics import compute_statistics, layers_of
 from pipeline.stopping import StopSignals
+from pipeline.vllm_worker import engine_starter
 from pipeline.workers import Layout, Spares, WorkerSpec, choose_layout, worker_starter
 
 DEFAULT_FOLDER = "neuronlens-runs"
@@ -214,9 +215,10 @@ class Driver:
         spares: Spares | None,
     ) -> list[Failure[Shard]]:
         compute, worker_bytes = self.recipe.compute, plan.estimate.total_worker_memory_bytes
+        backend, per_batch = self.recipe.model.backend, compute.tokens_per_batch
 
         def layout_now() -> Layout:
-            return choose_layout(compute, n_jobs=len(todo), worker_memory_bytes=worker_bytes)
+            return choose_layout(compute, n_jobs=len(todo), worker_memory_bytes=worker_bytes, backend=backend)
 
         layout = layout_now()
         spec = WorkerSpec(
@@ -224,6 +226,8 @@ class Driver:
             store=store,
             layout=layout,
             collect=CollectSpec.of(plan.description, plan.answers),
+            tokens_per_batch=None if per_batch == "auto" else per_batch,
+            longest_prompt=plan.longest_prompt,
         )
         self.reporter.say(f"collecting with {_layout_text(layout)}")
         with (
@@ -239,7 +243,7 @@ class Driver:
                 on_tokens=advance,
                 say=self.reporter.say,
             )
-            starter = worker_starter(spec, spares)
+            starter = engine_starter(spec) if backend == "vllm" else worker_starter(spec, spares)
             try:
                 with Pool[Shard](start=starter, size=lambda: layout_now().n_workers, depth=SHARDS_IN_HAND) as pool:
                     failures = pool.run(todo, lambda actor, shard: actor.collect.remote(shard), progress)
@@ -302,7 +306,9 @@ def run(
         owns_process=owns_process,
     )
     with driver, contextlib.ExitStack() as stack:
-        with Spares(recipe.compute) as spares:  # they hold their cores, which the next stages need
+        with Spares(
+            recipe.compute, recipe.model.backend
+        ) as spares:  # they hold their cores, which the next stages need
             plan, store = driver.plan(name=name, store_root=store_root)
             lease = stack.enter_context(driver.holding(store, "neuronlens run"))
             driver.collect(plan, store, lease, spares)
@@ -354,6 +360,8 @@ def _device_type(recipe: Recipe) -> str:
 
 def _layout_text(layout: Layout) -> str:
     workers = f"{layout.n_workers} worker{'s' if layout.n_workers > 1 else ''}"
+    if layout.tensor_parallel > 1:
+        workers += f" of {layout.tensor_parallel} ranks"
     if layout.n_gpus:
         return f"{workers}, {layout.n_gpus:g} GPU each"
     return f"{workers} on the CPU, {layout.n_threads} thread{'s' if layout.n_threads > 1 else ''} each"

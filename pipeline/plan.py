@@ -30,6 +30,7 @@ from neuronlens.prompts import answer_token_ids, encode_prompts
 from neuronlens.recipe import RawNeurons, Recipe
 from neuronlens.sources import LabelledText, load_labelled
 from neuronlens.store import FORMAT_VERSION, Store, StoredFile, content_hash, files_of
+from pipeline.backends import check_model, checked_backend, vllm_version
 
 MIN_SHARD_TOKENS = 32_768
 MAX_SHARD_TOKENS = 4_194_304
@@ -136,6 +137,8 @@ class Plan:
     estimate: Estimate
     answers: dict[str, int] | None
     """The token or class that is right for each concept, where the recipe or a classifier's labels say."""
+    longest_prompt: int
+    """In tokens."""
 
     @property
     def store_hash(self) -> str:
@@ -155,10 +158,12 @@ def make_plan(recipe: Recipe, *, device_type: str = "cpu") -> Plan:
 
     Raises UsageError for everything in a recipe or its data that could not end well.
     """
+    recipe = checked_backend(recipe)
     skeleton = load_model(recipe.model.id, revision=recipe.model.revision, dtype=recipe.model.dtype, device="meta")
     hook_points, layers = recipe.collect.hook_points, recipe.collect.layers
     sites = find_sites(skeleton.module, hook_points, layers, recipe.model.modules or None)
     only_correct = _only_correct(recipe, skeleton)
+    check_model(recipe, skeleton, only_correct=only_correct)
     labelled = load_labelled(
         recipe.data.source,
         split=recipe.data.split,
@@ -192,7 +197,14 @@ def make_plan(recipe: Recipe, *, device_type: str = "cpu") -> Plan:
     description = _describe(
         recipe, skeleton, sites, samples, concepts, only_correct, estimate.raw_kept, answers if predictions else None
     )
-    return Plan(description=description, shards=shards, members=members, estimate=estimate, answers=answers)
+    return Plan(
+        description=description,
+        shards=shards,
+        members=members,
+        estimate=estimate,
+        answers=answers,
+        longest_prompt=max(len(sample.token_ids) for sample in samples),
+    )
 
 
 def freeze(plan: Plan, store: Store) -> tuple[Shard, ...]:
@@ -281,7 +293,7 @@ def check_answers(loaded: LoadedModel, recipe: Recipe, concepts: Counter[str]) -
     return {concept: loaded.label_ids[answer] for concept, answer in answers.items()}
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(backend: str = "transformers") -> dict[str, str]:
     """Versions of what decides the numbers and the format."""
     found = {}
     for name in ("neuronlens", "torch", "transformers", "ray", "duckdb", "pyarrow", "numpy", "numba"):
@@ -289,7 +301,7 @@ def package_versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    return found
+    return found | ({"vllm": vllm_version()} if backend == "vllm" else {})
 
 
 def _only_correct(recipe: Recipe, skeleton: LoadedModel) -> bool:
@@ -529,11 +541,13 @@ def _describe(
     }
     if predicted is not None:
         decides["answers"] = predicted
+    if recipe.model.backend != "transformers":
+        decides["backend"] = recipe.model.backend  # stores from before there were any have no such key
     return {
         **decides,
         "store_hash": store_hash_of(decides),
         "recipe": recipe.model_dump(mode="json"),
-        "versions": package_versions(),
+        "versions": package_versions(recipe.model.backend),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -550,7 +564,8 @@ def store_hash_of(description: Mapping[str, Any]) -> str:
 
 
 def _difference(root: str, kept: dict[str, Any], wanted: dict[str, Any]) -> str:
-    kept = {"predictions": False} | kept
+    before: dict[str, Any] = {"predictions": False, "backend": "transformers"}
+    kept, wanted = before | kept, before | wanted
     keys = [key for key in wanted | kept if key not in _DECIDES_NOTHING and kept.get(key) != wanted.get(key)]
     shown = "; ".join(
         f"{key}: {_short(kept.get(key))} in the store, {_short(wanted.get(key))} asked for" for key in keys[:3]

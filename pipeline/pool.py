@@ -49,10 +49,14 @@ class Failure(Generic[Job]):
 
 
 class Started(NamedTuple):
-    """A new actor and the object ref of its heavy start, which gives its Place and may fail."""
+    """A new actor and the object ref of its heavy start, which gives its Place and may fail.
+
+    `end` ends the actor, and gives back what was reserved for it.
+    """
 
     actor: Any
     ready: Any
+    end: Callable[[Any], None] = ray.kill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +110,7 @@ class _Try(Generic[Job]):
 @dataclass(slots=True, eq=False)
 class _Worker:
     actor: Any
+    end: Callable[[Any], None]
     place: Place
     n_jobs: int = 0
     is_alone: bool = False
@@ -121,7 +126,7 @@ class Pool(Generic[Job]):
     size: Callable[[], int]
     depth: int = 1
     _workers: list[_Worker] = field(default_factory=list)
-    _starting: dict[Any, Any] = field(default_factory=dict)
+    _starting: dict[Any, Started] = field(default_factory=dict)
     _n_failed_starts: int = 0
     _n_storage_failures: int = 0
     """Since the last job that was done: storage that fails for everybody ends the run, not each job in its turn."""
@@ -135,8 +140,10 @@ class Pool(Generic[Job]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in [*(worker.actor for worker in self._workers), *self._starting.values()]:
-            ray.kill(actor)
+        for worker in self._workers:
+            worker.end(worker.actor)
+        for started in self._starting.values():
+            started.end(started.actor)
         self._workers.clear()
         self._starting.clear()
 
@@ -250,7 +257,7 @@ class Pool(Generic[Job]):
         if worker in self._workers:
             self._workers.remove(worker)
             worker.is_lost = _is_lost(worker.place, error)
-            ray.kill(worker.actor)
+            worker.end(worker.actor)
             self._resize_at = 0.0
 
     def _resize(self) -> None:
@@ -261,14 +268,14 @@ class Pool(Generic[Job]):
         n_wanted = min(self.size(), len(self._waiting) + len(self._busy)) if self._waiting else self.size()
         for _ in range(n_wanted - len(self._workers) - len(self._starting)):
             started = self.start()
-            self._starting[started.ready] = started.actor
+            self._starting[started.ready] = started
 
     def _finish_start(self, ref: Any) -> None:
-        actor = self._starting.pop(ref)
+        started = self._starting.pop(ref)
         try:
             place = ray.get(ref)
         except ray.exceptions.RayError as error:
-            ray.kill(actor)
+            started.end(started.actor)
             self._n_failed_starts += 1
             cause = getattr(error, "cause", None)
             if isinstance(cause, NeuronLensError):
@@ -282,7 +289,7 @@ class Pool(Generic[Job]):
                 ) from error
             return
         self._n_failed_starts = 0
-        self._workers.append(_Worker(actor, place))
+        self._workers.append(_Worker(started.actor, started.end, place))
 
     def _states(self) -> dict[str, int]:
         n_busy = sum(worker.n_jobs > 0 for worker in self._workers)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 import torch
 
@@ -20,9 +21,10 @@ from neuronlens.programs import Edit
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import ComputeSection, ModelSection
 from neuronlens.store import Store
-from pipeline.collect import CollectSpec, commit_shard, read_samples, run_shard
+from pipeline.backends import tensor_parallel_of
+from pipeline.collect import Collected, CollectSpec, commit_shard, read_samples, run_shard
 from pipeline.metrics import CollectorMetrics
-from pipeline.plan import SHARDS_IN_HAND, Shard
+from pipeline.plan import SHARDS_IN_HAND, TOKENS_PER_BATCH, Shard
 from pipeline.pool import Place, Started, here
 from pipeline.stopping import GRACE_SECONDS
 from pipeline.turns import Turns
@@ -33,40 +35,61 @@ _MEMORY_SHARE = 0.7
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How the work is spread: so many workers, with so many GPUs and CPU threads each."""
+    """How the work is spread: so many workers, with so many GPUs and CPU threads each, and their model cut into so many
+    ranks."""
 
     n_workers: int
     n_gpus: float
     n_threads: int
+    tensor_parallel: int = 1
 
     @property
     def device_type(self) -> str:
         return "cuda" if self.n_gpus else "cpu"
 
 
-def choose_layout(compute: ComputeSection, *, n_jobs: int, worker_memory_bytes: int) -> Layout:
-    """One worker a GPU where there are GPUs; else as many as cores, jobs and memory allow, sharing the cores.
+def choose_layout(
+    compute: ComputeSection, *, n_jobs: int, worker_memory_bytes: int, backend: str = "transformers"
+) -> Layout:
+    """One worker a GPU where there are GPUs; else as many as cores, jobs and memory allow, sharing the cores. Of vLLM's
+    engines, each with threads of its own, one a machine without GPUs.
 
     Raises UsageError where the recipe asks for GPUs that the cluster does not have.
     """
     resources = ray.cluster_resources()
     n_cores, n_cluster_gpus = max(1, int(resources.get("CPU", 1))), resources.get("GPU", 0.0)
     n_gpus = (1.0 if n_cluster_gpus else 0.0) if compute.gpus_per_worker == "auto" else compute.gpus_per_worker
+    tensor_parallel = 1
+    if backend == "vllm":
+        tensor_parallel, n_gpus = tensor_parallel_of(compute, has_gpus=bool(n_cluster_gpus))
     may_grow = bool(os.environ.get("RAY_ADDRESS")) and compute.workers != "auto"
     if n_gpus > n_cluster_gpus and not may_grow:
         raise UsageError(
             f"compute.gpus_per_worker is {n_gpus:g}, but Ray sees {n_cluster_gpus:g} GPUs. Set it to 0 or auto, or "
             "give the cluster GPUs. A cluster that grows on demand needs compute.workers as a number, to know how far."
         )
-    if n_gpus:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if n_gpus > 1 and tensor_parallel > 1:
+        room = sum(int(node.get("GPU", 0) / n_gpus) for node in nodes)
+        if not room and not may_grow:
+            raise UsageError(
+                f"An engine of {tensor_parallel} ranks needs {n_gpus:g} GPUs of one machine; the largest here has "
+                f"{max(node.get('GPU', 0) for node in nodes):g}. Lower compute.tensor_parallel."
+            )
+    elif n_gpus:
         room = int(n_cluster_gpus / n_gpus)
+    elif backend == "vllm":
+        room = sum(bool(node.get("CPU")) for node in nodes)
     else:
         n_bytes = resources.get("memory", 0) * _MEMORY_SHARE
         room = min(n_cores, int(n_bytes / max(1, worker_memory_bytes)) if n_bytes else n_cores)
     n_workers = max(1, min(room, n_jobs)) if compute.workers == "auto" else compute.workers
-    n_node_cores = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
+    n_node_cores = max((int(node.get("CPU", 0)) for node in nodes), default=1)
     return Layout(
-        n_workers=n_workers, n_gpus=n_gpus, n_threads=max(1, min(n_cores // n_workers, n_node_cores or n_cores))
+        n_workers=n_workers,
+        n_gpus=n_gpus,
+        n_threads=max(1, min(n_cores // n_workers, n_node_cores or n_cores)),
+        tensor_parallel=tensor_parallel,
     )
 
 
@@ -78,7 +101,9 @@ class WorkerSpec:
     store: Store
     layout: Layout
     collect: CollectSpec | None = None
-    tokens_per_batch: int = 1_024
+    tokens_per_batch: int | None = 1_024
+    """None: as the backend would have it."""
+    longest_prompt: int = 0
 
 
 class ModelWorker:
@@ -98,24 +123,21 @@ class ModelWorker:
 
         Raises UsageError where this node does not see the driver's store or the model.
         """
-        model, layout = spec.model, spec.layout
-        torch.set_num_threads(layout.n_threads)
+        _check_store(spec.store)
         self._spec = spec
-        self._loaded = load_model(model.id, revision=model.revision, dtype=model.dtype, device=layout.device_type)
+        self._hold_model()
         self._turns = Turns(SHARDS_IN_HAND)
         self._metrics = CollectorMetrics(Path(spec.store.root).name)
-        _check_store(spec.store)
         return here()
 
     def collect(self, shard: Shard) -> dict[str, Any]:
         """Run and commit one shard; the receipt that counts."""
-        spec, n_threads = self._spec, self._spec.layout.n_threads
+        spec = self._spec
         assert spec.collect is not None
-        torch.set_num_threads(n_threads)  # a setting of the thread, not of the process
         with self._in_hand():
             samples = read_samples(spec.store, shard)
             with self._turns.forward() as waited:
-                collected = run_shard(self._loaded, spec.collect, shard, samples, n_threads=n_threads)
+                collected = self._run(spec.collect, shard, samples)
             collected.seconds |= waited
             with self._turns.writing():
                 receipt = commit_shard(spec.collect, spec.store, collected)
@@ -133,10 +155,20 @@ class ModelWorker:
             case,
             texts,
             answers,
-            tokens_per_batch=self._spec.tokens_per_batch,
+            tokens_per_batch=self._spec.tokens_per_batch or TOKENS_PER_BATCH[self._spec.layout.device_type],
             edit=edit,
             overrides=self._spec.model.modules or None,
         )
+
+    def _hold_model(self) -> None:
+        model, layout = self._spec.model, self._spec.layout
+        torch.set_num_threads(layout.n_threads)
+        self._loaded = load_model(model.id, revision=model.revision, dtype=model.dtype, device=layout.device_type)
+
+    def _run(self, spec: CollectSpec, shard: Shard, samples: pa.Table) -> Collected:
+        n_threads = self._spec.layout.n_threads
+        torch.set_num_threads(n_threads)  # a setting of the thread, not of the process
+        return run_shard(self._loaded, spec, shard, samples, n_threads=n_threads)
 
     @contextlib.contextmanager
     def _in_hand(self) -> Iterator[None]:
@@ -164,11 +196,16 @@ class Spares:
     Only where Ray runs on this machine alone and has no GPU: there it is known beforehand what a worker will be.
     """
 
-    def __init__(self, compute: ComputeSection) -> None:
+    def __init__(self, compute: ComputeSection, backend: str = "transformers") -> None:
         resources = ray.cluster_resources()
         n_cores = int(resources.get("CPU", 1))
         alone = len(ray.nodes()) == 1 and not resources.get("GPU")
-        fits = alone and compute.gpus_per_worker in ("auto", 0) and compute.workers in ("auto", n_cores)
+        fits = (
+            backend == "transformers"
+            and alone
+            and compute.gpus_per_worker in ("auto", 0)
+            and compute.workers in ("auto", n_cores)
+        )
         layout = Layout(n_workers=n_cores, n_gpus=0, n_threads=1)
         self._idle = [_actor_class(layout).remote() for _ in range(n_cores)] if fits else []
 
@@ -213,7 +250,7 @@ def _check_store(store: Store) -> None:
 
 def _actor_class(layout: Layout) -> Any:
     return ray.remote(ModelWorker).options(
-        num_cpus=1 if layout.n_gpus else _cpu_share(layout),
+        num_cpus=1 if layout.n_gpus else cpu_share(layout),
         num_gpus=layout.n_gpus,
         max_restarts=0,
         max_task_retries=0,
@@ -221,7 +258,7 @@ def _actor_class(layout: Layout) -> Any:
     )
 
 
-def _cpu_share(layout: Layout) -> float:
+def cpu_share(layout: Layout) -> float:
     """More workers than cores still start on this machine: they share, a core's fraction each. On a cluster, which may
     grow, they wait for cores of their own."""
     if os.environ.get("RAY_ADDRESS"):
