@@ -14,6 +14,7 @@ from neuronlens.console import print_json, stderr
 from neuronlens.errors import UsageError
 
 if TYPE_CHECKING:
+    from neuronlens.serving.assembly import ServiceSpec
     from neuronlens.serving.server import Place
     from neuronlens.serving.service import Service
 
@@ -22,6 +23,7 @@ _N_SHOWN = 5
 
 class EngineName(StrEnum):
     transformers = "transformers"
+    vllm = "vllm"
 
 
 def _limit(name: str, help: str, default: str) -> Any:
@@ -43,7 +45,13 @@ def serve(
     model: Annotated[
         str | None, typer.Option(help="The model, a folder or a hub id [default: the one that the store names].")
     ] = None,
-    engine: Annotated[EngineName, typer.Option(help="What runs the model.")] = EngineName.transformers,
+    engine: Annotated[
+        EngineName, typer.Option(help="What runs the model: transformers in this process, or vLLM's own server.")
+    ] = EngineName.transformers,
+    vllm_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OPTION", help="Goes to vllm serve: --vllm-option=--tensor-parallel-size=2. Repeatable."),
+    ] = None,
     tables_only: Annotated[bool, typer.Option("--tables-only", help="Serve range tables and cards, no text.")] = False,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for every address.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
@@ -136,14 +144,47 @@ def serve(
         },
     }
     spec = parse_section(ServiceSpec, given, origin="neuronlens serve")
+    if vllm_option and engine is not EngineName.vllm:
+        raise UsageError(
+            f"--vllm-option {vllm_option[0]} is for --engine vllm, found {engine.value}. Drop one of the two."
+        )
     keys = Keys.load(api_key_file, os.environ, _warn)
     place = bind(host, port, has_keys=bool(keys), no_auth=no_auth)
+    if engine is EngineName.vllm:
+        _serve_by_vllm(spec, place, api_key_file, vllm_option or [], as_json=as_json)
+        return
     settings = spec.settings.model_copy(update={"trusted_hosts": place.trusted_hosts(has_keys=bool(keys))})
     configure()
     service = assemble(spec.model_copy(update={"settings": settings}), keys)
     serve_forever(
         service, place, drain_seconds=drain_seconds, on_ready=lambda: _announce(service, place, as_json=as_json)
     )
+
+
+def _serve_by_vllm(
+    spec: "ServiceSpec", place: "Place", key_file: Path | None, options: list[str], *, as_json: bool
+) -> None:
+    """vLLM listens itself: our socket has only shown that the place is free."""
+    from neuronlens.serving.catalog import Catalog
+    from neuronlens.vllm.launch import check_installed, environment, run_vllm, vllm_arguments
+
+    check_installed()
+    if spec.tables_only:
+        raise UsageError("A server of tables only has no use for vLLM. Drop --engine or --tables-only.")
+    catalog = Catalog(spec.sources, uploads=spec.uploads)
+    host, port = place.socket.getsockname()[:2]
+    arguments = vllm_arguments(spec, catalog, host=host, port=port, more=options)
+    place.socket.close()
+    tables = [entry.id for entry in catalog.entries()]
+    shown = {"url": place.url, "model": arguments[1], "tables": tables}
+
+    def announce() -> None:
+        stderr().print(f"listening    {place.url}   (vLLM, model {arguments[1]})", highlight=False, markup=False)
+        if as_json:
+            print_json(shown)
+
+    environ = environment(spec, None if key_file is None else str(key_file), os.environ)
+    run_vllm(arguments, environ, place.url, announce)
 
 
 def _check_extra() -> None:

@@ -33,7 +33,8 @@ class ServiceSpec(BaseModel):
     model: str | None = None
     """A folder or a hub id; None: the one that the sources name."""
     revision: str | None = None
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """vllm is a server of its own, which `neuronlens.vllm.launch` starts."""
     tables_only: bool = False
     dtype: str = "auto"
     device: str = "auto"
@@ -99,11 +100,11 @@ def load_engine(spec: ServiceSpec, catalog: "Catalog") -> "Engine":
         limits=spec.settings.limits,
         max_batch=spec.max_batch,
         cache_bytes=None if spec.cache_gb is None else int(spec.cache_gb * 1e9),
-        overrides=_hook_points_of(catalog),
+        overrides=hook_points_of(catalog),
     )
 
 
-def _hook_points_of(catalog: "Catalog") -> dict[str, str]:
+def hook_points_of(catalog: "Catalog") -> dict[str, str]:
     """Where the hook points are in a model of an architecture that we do not know: as the stores' recipes said."""
     found: dict[str, str] = {}
     for store in catalog.stores:

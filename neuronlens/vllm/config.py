@@ -42,8 +42,6 @@ class WorkerConfig(BaseModel):
     rule_rows: int = Field(default=32, ge=1)
     v2_model_runner: bool = False
     """Allow vLLM's V2 model runner, where our adapter has been tested against its interface only."""
-    store: str | None = None
-    """Where the server's tables come from (the API server's process reads it; the worker does not)."""
     stamp: str = ""
     """Set by the worker: the version of what it hooks with."""
 

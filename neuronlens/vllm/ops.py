@@ -15,12 +15,17 @@ _LIBRARY = torch.library.Library(KEY, "FRAGMENT")
 
 def steer(x: Tensor, site: int) -> None:
     """Run the programs of the forward pass on x_TN, in place."""
-    _board().run(x, site)
+    _board().run(_tokens(x), site)
 
 
 def steer_pair(x: Tensor, residual: Tensor, site: int) -> None:
     """Run them on the sum of both, in place."""
-    _board().run_pair(x, residual, site)
+    _board().run_pair(_tokens(x), _tokens(residual), site)
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """vLLM's own models have tokens in a row; those that it takes from transformers, a batch of one text before it."""
+    return x[0] if x.dim() == 3 else x
 
 
 def _board() -> Any:
