@@ -1,6 +1,10 @@
 """Streaming statistics of one site, kept on the model's device: memory does not grow with the number of rows."""
 
+import functools
+import importlib.util
 import itertools
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -25,9 +29,11 @@ class Accumulator(Protocol):
 
 
 def make_accumulator(n_neurons: int, *, histogram: bool, device: torch.device, n_threads: int = 1) -> Accumulator:
-    """The compiled kernel on a CPU, torch operations elsewhere."""
+    """A compiled kernel on a CPU and where Triton can compile one, torch operations elsewhere."""
     if device.type == "cpu":
         return CpuAccumulator(n_neurons, histogram=histogram, n_threads=n_threads)
+    if device.type == "cuda" and _triton_compiles(device):
+        return TritonAccumulator(n_neurons, histogram=histogram, device=device)
     return TorchAccumulator(n_neurons, histogram=histogram, device=device)
 
 
@@ -155,6 +161,38 @@ class TorchAccumulator:
 
     def counts(self) -> np.ndarray | None:
         return None if self._counts_NB is None else self._counts_NB.cpu().numpy()
+
+
+class TritonAccumulator:
+    """Runs `gpu_kernels.accumulate`, which reads x twice and launches two or three kernels."""
+
+    def __init__(self, n_neurons: int, *, histogram: bool, device: torch.device) -> None:
+        from neuronlens import gpu_kernels
+
+        self._accumulate = gpu_kernels.accumulate
+        self._state_SN = gpu_kernels.new_state(n_neurons, device)
+        self._counts_NB = torch.zeros(n_neurons, N_BINS, dtype=torch.int32, device=device) if histogram else None
+
+    def add(self, x_RN: torch.Tensor, rows_K: torch.Tensor) -> None:
+        self._accumulate(x_RN, rows_K, self._state_SN, self._counts_NB)
+
+    def moments(self) -> Moments:
+        s = self._state_SN.cpu().numpy()
+        n_N, n_nonfinite_N = s[kernels.N_STATE :].astype(np.int64)
+        moments_4N, bounds_2N = s[kernels.MEAN : kernels.M4 + 1], s[kernels.LOW : kernels.HIGH + 1]
+        return _as_moments(n_N, n_nonfinite_N, moments_4N, s[kernels.SUM_ABS], bounds_2N)
+
+    def counts(self) -> np.ndarray | None:
+        return None if self._counts_NB is None else self._counts_NB.cpu().numpy()
+
+
+@functools.cache
+def _triton_compiles(device: torch.device) -> bool:
+    """Besides its own compiler Triton needs one for C, which an image without development tools lacks."""
+    has_compiler = "CC" in os.environ or any(map(shutil.which, ("gcc", "clang")))
+    if importlib.util.find_spec("triton") is None or not has_compiler:
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _column_spans(n_columns: int, n_threads: int) -> list[tuple[int, int]]:
