@@ -1,6 +1,6 @@
 """What do programs and statistics cost on a GPU, against the MLP blocks of an 8B model that they stand in?
 
-    python -m tests.benchmarks.bench_gpu [--layers 8] [--repeats 5]
+    python -m tests.benchmarks.bench_gpu [--layers 8] [--repeats 3] [--only collecting]
 
 Layers of d_model 4,096 and d_mlp 14,336 in bfloat16 with random weights: RMS norm, gate and up, SiLU, the hook, down.
 Attention is left out, so every ratio is the worst case. Decode steps are CUDA graphs, as vLLM runs them.
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neuronlens.accumulate import TorchAccumulator
+from neuronlens import gpu_kernels
+from neuronlens.accumulate import Accumulator, TorchAccumulator, TritonAccumulator
 from neuronlens.vllm.board import Board, Replace
 from neuronlens.vllm.config import WorkerConfig
 from neuronlens.vllm.tables import SlotTables, replace_by_torch
@@ -133,33 +134,45 @@ def steering(n_layers: int, repeats: int) -> None:
 
 
 def collecting(repeats: int) -> None:
-    n_tokens = 4096
+    """Statistics of all rows of a batch and of a few, alone and after the block that made them."""
+    n_tokens, device = 4096, torch.device("cuda")
     weights = layer_weights(1)
     x_TD = torch.randn(n_tokens, D_MODEL, dtype=torch.bfloat16, device="cuda")
-    rows_K = torch.arange(n_tokens, device="cuda")
-    for histogram in (False, True):
-        accumulator = TorchAccumulator(D_MLP, histogram=histogram, device=torch.device("cuda"))
-        hook = lambda x_TN, _, accumulator=accumulator: accumulator.add(x_TN, rows_K)  # noqa: E731
+    made: list[Tensor] = []
+    blocks(weights, x_TD, lambda x_TN, _: made.append(x_TN))
+    kinds = {"torch": TorchAccumulator, "triton": TritonAccumulator, "triton, bins added": TritonAccumulator}
+    rows_to_sort_out = gpu_kernels.ROWS_TO_SORT_OUT
+    for (name, kind), histogram, n_rows in itertools.product(kinds.items(), (False, True), (n_tokens, 16)):
+        adds_bins = name == "triton, bins added"
+        if adds_bins and (n_rows == 16 or not histogram):
+            continue
+        gpu_kernels.ROWS_TO_SORT_OUT = 10**9 if adds_bins else rows_to_sort_out
+        rows_K = torch.arange(0, n_tokens, n_tokens // n_rows, device="cuda")
+        accumulator = kind(D_MLP, histogram=histogram, device=device)
 
-        def bare() -> Tensor:
-            return blocks(weights, x_TD, None)
+        def hook(x_TN: Tensor, _: int, accumulator: Accumulator = accumulator, rows_K: Tensor = rows_K) -> None:
+            accumulator.add(x_TN, rows_K)
 
-        def counted(hook: Callable[[Tensor, int], None] = hook) -> Tensor:
-            return blocks(weights, x_TD, hook)
-
-        pairs = [(milliseconds(bare), milliseconds(counted)) for _ in range(repeats)]
-        plain_ms, hook_ms = (statistics.median(pair[i] - (0, pair[0])[i] for pair in pairs) for i in (0, 1))
+        alone_ms = statistics.median(milliseconds(lambda hook=hook: hook(made[0], 0)) for _ in range(repeats))
+        pairs = [
+            (milliseconds(lambda: blocks(weights, x_TD, None)), milliseconds(lambda h=hook: blocks(weights, x_TD, h)))
+            for _ in range(repeats)
+        ]
+        plain_ms = statistics.median(a for a, _ in pairs)
         ratio = statistics.median(b / a for a, b in pairs)
-        tell(collect="histograms" if histogram else "moments", tokens=n_tokens, plain_ms_layer=plain_ms,
-             statistics_ms_layer=hook_ms, ns_per_value=hook_ms * 1e6 / n_tokens / D_MLP, ratio=ratio)  # fmt: skip
+        tell(collect="histograms" if histogram else "moments", by=name, rows=n_rows, statistics_ms=alone_ms,
+             ns_per_value=alone_ms * 1e6 / n_rows / D_MLP, plain_ms_layer=plain_ms, ratio=ratio)  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=["steering", "collecting"])
     asked = parser.parse_args()
     print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}))
     with torch.inference_mode():
-        steering(asked.layers, asked.repeats)
-        collecting(asked.repeats)
+        if asked.only != "collecting":
+            steering(asked.layers, asked.repeats)
+        if asked.only != "steering":
+            collecting(asked.repeats)
