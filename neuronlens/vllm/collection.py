@@ -7,6 +7,7 @@ vLLM batches the prompts as it does for any request of one new token; the worker
 moments and histograms once. Making an engine takes vLLM 15 to 60 s and sets its environment variables in this process.
 """
 
+import gc
 import logging
 import os
 import secrets
@@ -92,7 +93,7 @@ class CollectingEngine:
         Raises UsageError for another unit, RunFailed where vLLM did not answer every prompt.
         """
         if unit not in UNITS:
-            raise UsageError(f"The unit is {unit!r}; through vLLM it can be {' or '.join(UNITS)}.")
+            raise UsageError(f"The unit is {unit}; through vLLM it can be {' or '.join(UNITS)}.")
         shard = secrets.token_hex(8)
         self.llm.collective_rpc("neuronlens_begin_shard", args=(shard, unit, histograms))
         try:
@@ -115,6 +116,15 @@ class CollectingEngine:
         except Exception:  # whatever vLLM raises for a worker that is gone
             return False
         return True
+
+    def close(self) -> None:
+        """End its processes and give back its memory."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
     def _parameters(self, shard: str, unit: Unit, token_ids: Sequence[int]) -> Any:
         counts_all = unit == "token"
