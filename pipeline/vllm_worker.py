@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 import ray
@@ -23,6 +23,9 @@ from pipeline.plan import SHARDS_IN_HAND, Shard
 from pipeline.pool import Started
 from pipeline.workers import Layout, ModelWorker, WorkerSpec, cpu_share
 
+if TYPE_CHECKING:
+    from neuronlens.vllm.collection import CollectingEngine
+
 _log = logging.getLogger(__name__)
 
 
@@ -35,12 +38,8 @@ class EngineWorker(ModelWorker):
         self._engine = self._engine_thread.submit(_start_engine, self._spec).result()
 
     def _run(self, spec: CollectSpec, shard: Shard, samples: pa.Table) -> Collected:
-        started = time.perf_counter()
-        prompts, unit = samples["token_ids"].to_pylist(), spec.unit
         try:
-            statistics = self._engine_thread.submit(
-                self._engine.run, prompts, unit=unit, histograms=spec.histograms
-            ).result()
+            return self._engine_thread.submit(run_shard_in_engine, self._engine, spec, shard, samples).result()
         except NeuronLensError:
             raise
         except Exception:
@@ -49,15 +48,22 @@ class EngineWorker(ModelWorker):
                 _log.exception("vLLM's engine is gone")
                 os._exit(1)
             raise
-        forward = time.perf_counter() - started - statistics.seconds
-        return Collected(
-            shard=shard,
-            samples=samples,
-            sites=statistics.sites,
-            accumulators=statistics.sites,
-            n_kept=shard.n_samples,
-            seconds={"forward": forward, "statistics": statistics.seconds},
-        )
+
+
+def run_shard_in_engine(engine: "CollectingEngine", spec: CollectSpec, shard: Shard, samples: pa.Table) -> Collected:
+    """As `pipeline.collect.run_shard`, by an engine of vLLM."""
+    started = time.perf_counter()
+    prompts = samples["token_ids"].to_pylist()
+    statistics = engine.run(prompts, unit=cast(Any, spec.unit), histograms=spec.histograms)
+    forward = time.perf_counter() - started - statistics.seconds
+    return Collected(
+        shard=shard,
+        samples=samples,
+        sites=statistics.sites,
+        accumulators=statistics.sites,
+        n_kept=shard.n_samples,
+        seconds={"forward": forward, "statistics": statistics.seconds},
+    )
 
 
 def engine_starter(spec: WorkerSpec) -> Callable[[], Started]:
@@ -94,7 +100,7 @@ def _options(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _start_engine(spec: WorkerSpec) -> Any:
+def _start_engine(spec: WorkerSpec) -> "CollectingEngine":
     torch.set_num_threads(spec.layout.n_threads)
     from neuronlens.vllm.collection import CollectingEngine
 
