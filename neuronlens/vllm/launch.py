@@ -56,7 +56,7 @@ def vllm_arguments(spec: ServiceSpec, catalog: Catalog, *, host: str, port: int,
         "--port": str(port),
         "--worker-cls": WORKER,
         "--additional-config": dumps({KEY: config}),
-        "--dtype": spec.dtype,
+        "--dtype": _dtype(model, revision) if spec.dtype == "auto" else spec.dtype,
         "--max-num-seqs": str(spec.max_batch),
         "--revision": revision,
         "--chat-template": spec.chat_template,
@@ -83,7 +83,9 @@ def run_vllm(arguments: Sequence[str], environ: Mapping[str, str], url: str, on_
 
     Raises RunFailed where it ends with an error.
     """
-    process = subprocess.Popen([sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments], env=dict(environ))
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *arguments]
+    # Stdout is for what a script reads.
+    process = subprocess.Popen(command, env=dict(environ), stdout=sys.stderr.fileno())
     stopping = False
 
     def forward(number: int, _: FrameType | None) -> None:
@@ -98,6 +100,14 @@ def run_vllm(arguments: Sequence[str], environ: Mapping[str, str], url: str, on_
     code = process.wait()
     if code and not stopping:
         raise RunFailed(f"vLLM's server ended with exit code {code}; its log, above, says why.")
+
+
+def _dtype(model: str, revision: str | None) -> str:
+    """The weights' own, in which the tables were made; vLLM's auto would take float32 for bfloat16."""
+    from transformers import AutoConfig
+
+    dtype = AutoConfig.from_pretrained(model, revision=revision).dtype
+    return "auto" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _answers(process: "subprocess.Popen[bytes]", url: str) -> bool:

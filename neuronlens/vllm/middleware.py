@@ -33,7 +33,9 @@ _log = logging.getLogger(__name__)
 
 TEXT_PATHS = ("/v1/completions", "/v1/chat/completions")
 _OUR_PATHS = ("/v1/tables", "/v1/neurons")
-_GUARDED, _MODELS = "/v1", "/v1/models"
+_MODELS = "/v1/models"
+_OPEN_PATHS = frozenset({"/health", "/ping", "/version", "/metrics", "/load", "/docs", "/redoc", "/openapi.json"})
+"""Read without a key: they tell nothing that a key protects, and probes have none to send."""
 _FIELD, _XARGS, _SALT = "intervention", "vllm_xargs", "cache_salt"
 _SEED_BITS = 31
 
@@ -66,13 +68,13 @@ class InterventionMiddleware:
             return
         path = scope["path"]
         try:
-            if path.startswith(_GUARDED):
+            if scope["method"] == "POST" or path not in _OPEN_PATHS:
                 desk.keys.caller(authorization_of(scope))
             if any(path == ours or path.startswith(ours + "/") for ours in _OUR_PATHS):
                 await desk.tables(scope, receive, send)
             elif scope["method"] == "GET" and path == _MODELS:
                 await self._models(desk, scope, send)
-            elif scope["method"] == "POST" and path.startswith(_GUARDED):
+            elif scope["method"] == "POST":
                 await self._post(desk, scope, receive, send)
             else:
                 await self.app(scope, receive, send)

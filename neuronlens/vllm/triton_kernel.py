@@ -12,8 +12,8 @@ from torch import Tensor
 from neuronlens.vllm.tables import SiteTables
 
 _BLOCK = 1024
-_FEW_TOKENS = 64
-"""Up to so many, a token's neurons are shared out over several programs; beyond, starting those would cost more."""
+_ENOUGH_PROGRAMS = 2048
+"""Kernel programs that fill a GPU: until there are so many, a token's neurons are shared out over several."""
 
 
 def replace_by_triton(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_TC: Tensor) -> None:
@@ -21,8 +21,8 @@ def replace_by_triton(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_T
     n_tokens, n_neurons = x_TN.shape
     block = min(_BLOCK, triton.next_power_of_2(n_neurons))
     n_blocks = triton.cdiv(n_neurons, block)
-    n_shares = n_blocks if n_tokens <= _FEW_TOKENS else 1
-    _replace[(n_tokens, n_shares)](
+    blocks_each = min(n_blocks, max(1, n_tokens * n_blocks // _ENOUGH_PROGRAMS))
+    _replace[(n_tokens, triton.cdiv(n_blocks, blocks_each))](
         x_TN,
         x_TN.stride(0),
         n_neurons,
@@ -37,7 +37,7 @@ def replace_by_triton(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_T
         counts_TC,
         counts_TC.stride(0),
         BLOCK=block,
-        N_BLOCKS=n_blocks // n_shares,
+        N_BLOCKS=blocks_each,
         N_COUNTS=triton.next_power_of_2(counts_TC.shape[1]),
     )
 
