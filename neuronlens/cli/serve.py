@@ -176,10 +176,11 @@ def _serve_by_vllm(
     arguments = vllm_arguments(spec, catalog, host=host, port=port, more=options)
     place.socket.close()
     tables = [entry.id for entry in catalog.entries()]
-    shown = {"url": place.url, "model": arguments[1], "tables": tables}
+    model = arguments[3]
+    shown = {"url": place.url, "model": model, "tables": tables}
 
     def announce() -> None:
-        stderr().print(f"listening    {place.url}   (vLLM, model {arguments[1]})", highlight=False, markup=False)
+        stderr().print(f"listening    {place.url}   (vLLM, model {model})", highlight=False, markup=False)
         if as_json:
             print_json(shown)
 

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from neuronlens.errors import UsageError
 from neuronlens.hookpoints import HOOK_POINTS
@@ -44,6 +44,12 @@ class WorkerConfig(BaseModel):
     """Allow vLLM's V2 model runner, where our adapter has been tested against its interface only."""
     stamp: str = ""
     """Set by the worker: the version of what it hooks with."""
+
+    @model_validator(mode="after")
+    def _one_program_fits(self) -> "WorkerConfig":
+        if self.rule_rows < self.rules:
+            raise ValueError(f"a program of {self.rules} rules needs as many rule_rows, found {self.rule_rows}")
+        return self
 
     @classmethod
     def of(cls, additional_config: Any) -> "WorkerConfig":

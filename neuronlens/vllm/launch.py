@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from json import dumps
+from pathlib import Path
 from types import FrameType
 
 import httpx
@@ -51,6 +52,8 @@ def vllm_arguments(spec: ServiceSpec, catalog: Catalog, *, host: str, port: int,
         "hook_points": sorted({name for header in tables for name in header.widths}) or ["mlp_post"],
         "modules": hook_points_of(catalog),
     }
+    # The path of a local folder is nobody's business.
+    name = Path(model).resolve().name if Path(model).is_dir() else model
     named = {
         "--host": host,
         "--port": str(port),
@@ -62,7 +65,8 @@ def vllm_arguments(spec: ServiceSpec, catalog: Catalog, *, host: str, port: int,
         "--chat-template": spec.chat_template,
         "--kv-cache-memory-bytes": None if spec.cache_gb is None else str(int(spec.cache_gb * 1e9)),
     }
-    return ["serve", model, *(part for name, value in named.items() if value for part in (name, value)), *more]
+    names = ["--served-model-name", *dict.fromkeys((name, model))]
+    return ["serve", model, *names, *(part for name, value in named.items() if value for part in (name, value)), *more]
 
 
 def environment(spec: ServiceSpec, key_file: str | None, environ: Mapping[str, str]) -> dict[str, str]:

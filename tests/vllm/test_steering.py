@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.vllm.tiny import RULES, WINDOW, alone, engine
+from tests.vllm.tiny import RULES, WINDOW, alone, alone_in_phases, engine
 from tests.vllm.traffic import Sequence_, drive
 
 pytestmark = pytest.mark.vllm
@@ -56,6 +56,26 @@ def test_steering__every_request_says_what_it_says_alone(models, architecture):
             assert one.counts.tested <= tested  # the prefix cache may have known the front of the prompt
     n_steered = sum(one.rules is not None for one in sequences)
     assert n_differing > 0.8 * n_steered, "programs were meant to change what is said"
+
+
+def test_steering__keeps_to_its_phases_also_after_preemption(models):
+    folder, rng = models["llama"], np.random.default_rng(8)
+    sequences = [
+        Sequence_(prompt=prompt, max_tokens=40, rules=RULES[1 + i % 4], phases=(("prompt",), ("generation",))[i % 2])
+        for i, prompt in enumerate(prompts(rng, 8, 60))
+    ]
+    options = {"max_num_batched_tokens": 16, "enable_prefix_caching": False, "num_gpu_blocks_override": 6}
+    with engine(folder, **options, max_model_len=WINDOW // 4) as llm:
+        n_preempted = drive(llm, folder, sequences, rng)
+    assert n_preempted > 0
+    n_differing = 0
+    for one in sequences:
+        ids, tested, changed = alone_in_phases(folder, one.prompt, one.max_tokens, one.rules, one.phases)
+        assert one.tokens == ids
+        assert one.counts is not None
+        assert (one.counts.tested, one.counts.changed) == (tested, changed)
+        n_differing += ids != alone(folder, one.prompt, one.max_tokens, one.rules)[0]
+    assert n_differing >= 4, "a phase was meant to make a difference"
 
 
 def test_steering__counts_what_the_transformers_engine_counts(models):

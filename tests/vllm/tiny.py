@@ -17,12 +17,13 @@ from neuronlens.identity import model_identity
 from neuronlens.models import LoadedModel, load_model
 from neuronlens.programs import Program
 from neuronlens.ranges import RangeTable, TableModel
-from neuronlens.vllm.collection import _mend_llvmlite
+from neuronlens.vllm.collection import mend_llvmlite
 from tests.neuronlens.serving import tiny_engine
 from tests.range_tables import row, table_of
 from tests.tiny_models import save_tiny
 
 D_MODEL, D_MLP, N_LAYERS, WINDOW, BLOCK = 64, 96, 2, 512, 32
+EOS = 1
 WIDTHS = {"mlp_post": D_MLP, "mlp_out": D_MODEL, "attn_out": D_MODEL, "resid_post": D_MODEL}
 _SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": D_MODEL, "n_inner": D_MLP, "n_layer": N_LAYERS, "n_head": 2, "n_positions": WINDOW},
@@ -84,10 +85,36 @@ def alone(
     return ids, applied.tested, applied.changed
 
 
+def alone_in_phases(
+    folder: Path, prompt_ids: Sequence[int], max_tokens: int, rules: Sequence[Mapping[str, Any]], phases: Sequence[str]
+) -> tuple[list[int], int, int]:
+    """As `alone`, step by step, with the rules in these phases only: the pass over the prompt, and all that follow."""
+    import torch
+
+    from neuronlens import intervene
+
+    module: Any = loaded_of(folder).module
+    ids: list[int] = []
+    tested = changed = 0
+    cache, step = None, torch.tensor([list(prompt_ids)])
+    while len(ids) < max_tokens and (not ids or ids[-1] != EOS):
+        is_steered = ("generation" if ids else "prompt") in phases
+        with (
+            intervene(module, table_for(folder), rules) if is_steered else contextlib.nullcontext() as applied,
+            torch.inference_mode(),
+        ):
+            out = module(step, past_key_values=cache, use_cache=True)
+        if applied is not None:
+            tested, changed = tested + applied.tested, changed + applied.changed
+        cache, ids = out.past_key_values, [*ids, int(out.logits[0, -1].argmax())]
+        step = torch.tensor([ids[-1:]])
+    return ids, tested, changed
+
+
 @contextlib.contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[Any]:
     """vLLM's LLM with our worker, in this process, until the context closes."""
-    _mend_llvmlite()
+    mend_llvmlite()
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 

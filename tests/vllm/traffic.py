@@ -20,6 +20,7 @@ class Sequence_:
     prompt: list[int]
     max_tokens: int
     rules: Any = None
+    phases: tuple[Any, ...] = ("prompt", "generation")
     abort_after: int | None = None
     tokens: list[int] = field(default_factory=list)
     counts: Counts | None = None
@@ -41,7 +42,7 @@ def drive(llm: Any, folder: Path, sequences: Sequence[Sequence_], rng: np.random
             params = SamplingParams(max_tokens=one.max_tokens, temperature=0, stop_token_ids=[1])
             prompt: Any = {"prompt_token_ids": one.prompt}
             if one.rules is not None:
-                context = steered(llm, program_of(folder, one.rules))
+                context = steered(llm, program_of(folder, one.rules), one.phases)
                 try:
                     request = context.__enter__()
                 except EngineBusy:

@@ -1,0 +1,129 @@
+"""What do our hooks and programs cost inside vLLM, beside plain vLLM?
+
+    python -m tests.benchmarks.bench_vllm --store STORE --texts TEXTS.jsonl [--repeats 9] [--eager]
+
+Two engines in one process with the same options: vLLM's own worker, and ours with every layer of the store's hook point
+hooked. In turn: plain; ours without a program; one program on all layers for every request; sixteen programs, one for
+each of sixteen requests at a time. Prefill: prompts of TEXTS, one token each. Decode: sixteen sequences of a few prompt
+tokens and a hundred new ones. Of each repeat the ratio of tokens/s to plain's, then the median.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from neuronlens.programs import Program
+from neuronlens.ranges import RangeTable
+from neuronlens.vllm.collection import mend_llvmlite
+from neuronlens.vllm.offline import steered
+from tests.benchmarks.bench_serving import read_texts, rules_of
+
+N_PROGRAMS = CONCURRENT = 16
+N_PROMPTS, N_DECODED = 256, 100
+TARGETS = {"no program": 0.99, "one program": 0.97, "16 programs": 0.94}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--texts", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    asked = parser.parse_args()
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "OMP_NUM_THREADS": str(asked.threads),
+    }
+    description = json.loads((Path(asked.store) / "store.json").read_text())
+    (folder, *_) = sorted((Path(asked.store) / "ranges").glob("tbl_*"))
+    table = RangeTable.load(folder)
+    programs = [Program.compile(table, rules) for rules in rules_of(asked.store, N_PROGRAMS)]
+    hook_point = programs[0].hook_points[0]
+    plain, ours = engines(description["model"]["id"], hook_point, eager=asked.eager)
+    tokenizer = plain.get_tokenizer()
+    prompts = [tokenizer(text).input_ids[:60] for text in read_texts(asked.texts)[:N_PROMPTS]]
+    works: dict[str, Callable[[Any, Sequence[Program]], int]] = {
+        "prefill": lambda llm, chosen: generate(llm, prompts, 1, chosen),
+        "decode": lambda llm, chosen: generate(llm, [prompt[:4] for prompt in prompts[:CONCURRENT]], N_DECODED, chosen),
+    }
+    ways: dict[str, tuple[Any, Sequence[Program]]] = {
+        "plain": (plain, ()),
+        "no program": (ours, ()),
+        "one program": (ours, programs[:1]),
+        "16 programs": (ours, programs),
+    }
+    print(f"{hook_point}, {len(programs[0].layers)} layers, {'eager' if asked.eager else 'compiled'}, "
+          f"{asked.threads} threads, {asked.repeats} repeats\n")  # fmt: skip
+    print("| work | way | tokens/s | to plain | target |\n|---|---|---|---|---|")
+    for name, work in works.items():
+        speeds = measured(work, ways, asked.repeats)
+        for way, found in speeds.items():
+            ratios = [mine / theirs for mine, theirs in zip(found, speeds["plain"], strict=True)]
+            target = TARGETS.get(way, "")
+            print(f"| {name} | {way} | {statistics.median(found):,.0f} | {statistics.median(ratios):.3f} | {target} |")
+
+
+def engines(model: str, hook_point: str, *, eager: bool) -> tuple[Any, Any]:
+    """Plain vLLM, and ours."""
+    mend_llvmlite()
+    from vllm import LLM
+
+    options = {
+        "model": model,
+        "dtype": "float32",
+        "enforce_eager": eager,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 1 << 28,
+        "max_num_seqs": 64,
+        "disable_log_stats": True,
+    }
+    ours = {"worker_cls": "neuronlens.vllm.Worker", "additional_config": {"neuronlens": {"hook_points": [hook_point]}}}
+    return LLM(**options), LLM(**options, **ours)
+
+
+def generate(llm: Any, prompts: Sequence[list[int]], n_tokens: int, programs: Sequence[Program]) -> int:
+    """Run all prompts, request i under program i modulo their number; the tokens computed."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True, detokenize=False)
+    inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+    samplings = [params] * len(prompts)
+    with contextlib.ExitStack() as stack:
+        if programs:
+            tickets = [stack.enter_context(steered(llm, program)) for program in programs]
+            inputs = [tickets[i % len(tickets)].prompt(prompt) for i, prompt in enumerate(prompts)]
+            samplings = [tickets[i % len(tickets)].sampling(params) for i in range(len(prompts))]
+        outputs = llm.generate(inputs, samplings, use_tqdm=False)
+    if programs:
+        assert all(ticket.counts.changed for ticket in tickets), "a program changed nothing"
+    return sum(len(output.outputs[0].token_ids) for output in outputs) if n_tokens > 1 else sum(map(len, prompts))
+
+
+def measured(
+    work: Callable[[Any, Sequence[Program]], int], ways: dict[str, tuple[Any, Sequence[Program]]], repeats: int
+) -> dict[str, list[float]]:
+    """Tokens/s of each way, a round of all of them a repeat."""
+    for llm, programs in ways.values():
+        work(llm, programs)
+    speeds: dict[str, list[float]] = {way: [] for way in ways}
+    for i in range(repeats):
+        order = list(ways) if i % 2 else list(reversed(ways))
+        for way in order:
+            llm, programs = ways[way]
+            start = time.perf_counter()
+            n_tokens = work(llm, programs)
+            speeds[way].append(n_tokens / (time.perf_counter() - start))
+    return speeds
+
+
+if __name__ == "__main__":
+    main()
