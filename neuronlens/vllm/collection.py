@@ -54,7 +54,7 @@ class CollectingEngine:
         **engine_options: Any,
     ) -> None:
         _set_environment(tensor_parallel)
-        _mend_llvmlite()
+        mend_llvmlite()
         from vllm import LLM, SamplingParams
 
         folder = str(resolve_folder(model, revision))
@@ -99,7 +99,7 @@ class CollectingEngine:
         try:
             outputs = self.llm.generate(
                 [{"prompt_token_ids": list(ids)} for ids in prompts],
-                [self._parameters(shard, unit, ids) for ids in prompts],
+                self._parameters(shard, unit, prompts),
                 use_tqdm=False,
             )
         except BaseException:
@@ -126,18 +126,27 @@ class CollectingEngine:
         gc.collect()
         cleanup_dist_env_and_memory()
 
-    def _parameters(self, shard: str, unit: Unit, token_ids: Sequence[int]) -> Any:
+    def _parameters(self, shard: str, unit: Unit, prompts: Sequence[Sequence[int]]) -> list[Any]:
+        """Sampling parameters for each prompt; those with special tokens at the same positions share one object."""
         counts_all = unit == "token"
-        specials = [i for i, token in enumerate(token_ids) if token in self._special_ids] if counts_all else []
-        return self._sampling_params(
-            max_tokens=1,
-            temperature=0,
-            detokenize=False,
-            # Tokens whose keys and values are found in the cache are not computed, and could not be counted. The last
-            # token of a prompt always is.
-            skip_reading_prefix_cache=counts_all,
-            extra_args={KEY: request_name(shard, specials)},
-        )
+        made: dict[tuple[int, ...], Any] = {}
+        parameters = []
+        for ids in prompts:
+            specials = tuple(i for i, token in enumerate(ids) if token in self._special_ids) if counts_all else ()
+            if specials not in made:
+                made[specials] = self._sampling_params(
+                    max_tokens=1,
+                    temperature=0,
+                    detokenize=False,
+                    # Tokens whose keys and values are found in the cache are not computed, and could not be counted.
+                    # The last token of a prompt always is.
+                    skip_reading_prefix_cache=counts_all,
+                    extra_args={KEY: request_name(shard, specials)},
+                    # A deep copy for each prompt would take as long as the statistics of a short one.
+                    skip_clone=True,
+                )
+            parameters.append(made[specials])
+        return parameters
 
     def _drop_requests(self) -> None:
         """The next shard must not wait for what is left of this one."""
@@ -165,7 +174,7 @@ def _set_environment(tensor_parallel: int) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // tensor_parallel))
 
 
-def _mend_llvmlite() -> None:
+def mend_llvmlite() -> None:
     """vLLM's CPU build looks for kernels in the `__dict__` of everything in every module, and trips over llvmlite's
     library, which numba has loaded here and which answers to any name, even that one."""
     from llvmlite.binding import ffi
