@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from neuronlens.accumulate import Accumulator, make_accumulator
 from neuronlens.errors import UsageError
-from neuronlens.vllm.sites import RankSite
+from neuronlens.vllm.sites import RankSite, in_a_row
 from neuronlens.vllm.statistics import pack
 
 Unit = Literal["last_token", "token"]
@@ -126,11 +126,11 @@ class Collector:
         """Count the chosen rows of x_TN, or of the sum of both."""
         if self._row_K is None or self._all_K is None:
             return
-        started = time.perf_counter()
+        started, x_TN = time.perf_counter(), in_a_row(x_TN)
         if residual_TN is None:
             self._accumulators[site].add(x_TN, self._row_K)
         else:
-            x_KN = x_TN.index_select(0, self._row_K) + residual_TN.index_select(0, self._row_K)
+            x_KN = x_TN.index_select(0, self._row_K) + in_a_row(residual_TN).index_select(0, self._row_K)
             self._accumulators[site].add(x_KN, self._all_K)
         self._seconds += time.perf_counter() - started
 

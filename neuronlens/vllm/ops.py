@@ -9,23 +9,19 @@ import torch
 from torch import Tensor
 
 from neuronlens.vllm.config import KEY
+from neuronlens.vllm.sites import in_a_row
 
 _LIBRARY = torch.library.Library(KEY, "FRAGMENT")
 
 
 def steer(x: Tensor, site: int) -> None:
     """Run the programs of the forward pass on x_TN, in place."""
-    _board().run(_tokens(x), site)
+    _board().run(in_a_row(x), site)
 
 
 def steer_pair(x: Tensor, residual: Tensor, site: int) -> None:
     """Run them on the sum of both, in place."""
-    _board().run_pair(_tokens(x), _tokens(residual), site)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """vLLM's own models have tokens in a row; those that it takes from transformers, a batch of one text before it."""
-    return x[0] if x.dim() == 3 else x
+    _board().run_pair(in_a_row(x), in_a_row(residual), site)
 
 
 def _board() -> Any:

@@ -15,7 +15,7 @@ from neuronlens.hookpoints import FORWARD_ORDER, RULES
 from neuronlens.vllm.config import WorkerConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,11 @@ class RankSite:
     @property
     def part(self) -> slice:
         return slice(self.first, self.first + self.width)
+
+
+def in_a_row(x: "Tensor") -> "Tensor":
+    """x_TN: vLLM's own models have tokens in a row; those that it takes from transformers, in a batch of one."""
+    return x[0] if x.dim() == 3 else x
 
 
 def find_rank_sites(model: "nn.Module", model_type: str, d_model: int, config: WorkerConfig) -> tuple[RankSite, ...]:

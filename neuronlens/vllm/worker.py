@@ -123,15 +123,13 @@ class SteeringWorker:
 
     def neuronlens_admit(self, ticket: str, program: str, phases: list[str], data: bytes | None) -> list[str]:
         """`Tickets.admit`."""
-        return list(self.tickets.admit(ticket, program, phases, data))
+        with torch.inference_mode():
+            return list(self.tickets.admit(ticket, program, phases, data))
 
     def neuronlens_release(self, ticket: str) -> list[int] | None:
         """`Tickets.release`: this rank's part of the counts."""
-        return self.tickets.release(ticket)
-
-    def neuronlens_load(self) -> int:
-        """Distinct programs at work."""
-        return self.tickets.n_programs
+        with torch.inference_mode():
+            return self.tickets.release(ticket)
 
     # --- what a collecting engine calls, on every rank ---------------------------------------------------------------
 
