@@ -58,9 +58,15 @@ def find_rank_sites(model: "nn.Module", model_type: str, d_model: int, config: W
     for hook_point in config.hook_points:
         path, side = _rule(model_type, hook_point, config)
         pattern = re.compile(r"(?:.*\.)?" + re.escape(path).replace(r"\{layer\}", r"(\d+)"))
-        modules = {int(match[1]): name for name in names if (match := pattern.fullmatch(name))}
+        matching = [(int(match[1]), name) for name in names if (match := pattern.fullmatch(name))]
+        modules = dict(matching)
         if not modules:
             raise UsageError(_not_there(model, model_type, hook_point, path))
+        if len(modules) < len(matching):
+            raise UsageError(
+                f"{type(model).__name__} has {path} in more than one part ({matching[0][1]}, {matching[-1][1]}), so it "
+                "is not plain which is meant. Name the whole path in additional_config.neuronlens.modules."
+            )
         for layer in _chosen(modules, config.layers, hook_point):
             site = _site(model, hook_point, layer, modules[layer], side, d_model)
             found[layer, FORWARD_ORDER.index(hook_point)] = site

@@ -11,11 +11,13 @@ import yaml
 
 import neuronlens as library
 from tests.tiny_models import SENTENCES, save_tiny
+from tests.warm import run_warm
 
 ANSWERS = {"joy": "<joy>", "anger": "<anger>"}
 
 
 def neuronlens(*args: str, cwd=None, binary: bool = False) -> subprocess.CompletedProcess:
+    """From a cold start, as a person's. Where that imports torch, only the first test of a command makes one."""
     return subprocess.run(
         [sys.executable, "-m", "neuronlens", *args], cwd=cwd, capture_output=True, text=not binary, timeout=300
     )
@@ -122,12 +124,12 @@ class TestStore:
         done = neuronlens("ranges", "store", "--tau", "1", "--top-fraction", "0.5", "--json", cwd=folder)
         made = json.loads(done.stdout)
         assert made["rows"] == 2 * 2 * 20
-        again = neuronlens("ranges", "store", "--tau", "1", "--top-fraction", "0.5", "--json", cwd=folder)
+        again = run_warm("neuronlens", "ranges", "store", "--tau", "1", "--top-fraction", "0.5", "--json", cwd=folder)
         assert json.loads(again.stdout) == made
 
     def test_evaluate__asks_which_table_where_there_are_several(self, folder):
-        made = json.loads(neuronlens("ranges", "store", "--tau", "3", "--json", cwd=folder).stdout)
-        asked = neuronlens("evaluate", "store", "--json", cwd=folder)
+        made = json.loads(run_warm("neuronlens", "ranges", "store", "--tau", "3", "--json", cwd=folder).stdout)
+        asked = run_warm("neuronlens", "evaluate", "store", "--json", cwd=folder)
         assert asked.returncode == 2
         assert made["range_table"] in asked.stderr
         done = neuronlens("evaluate", "store", "--table", made["range_table"], "--json", cwd=folder)
@@ -160,14 +162,14 @@ class TestStore:
     ],
 )
 def test_cli__gives_a_mistake_one_sentence_and_exit_code_2(folder, args, expected):
-    done = neuronlens(*args, cwd=folder)
+    done = run_warm("neuronlens", *args, cwd=folder)
     assert done.returncode == 2
     assert expected in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
 
 def test_ranges__refuses_a_tau_that_cannot_be(finished, folder):
-    done = neuronlens("ranges", "store", "--tau", "-1", cwd=folder)
+    done = run_warm("neuronlens", "ranges", "store", "--tau", "-1", cwd=folder)
     assert done.returncode == 2
     assert "tau is -1" in done.stderr
 
@@ -203,7 +205,7 @@ def test_clean__removes_what_no_receipt_names(finished, folder):
 
 @pytest.mark.parametrize("job", ["collect", "statistics", "ranges", "evaluate"])
 def test_job__says_how_it_is_used(job):
-    done = subprocess.run([sys.executable, "-m", f"jobs.{job}", "--help"], capture_output=True, text=True, timeout=60)
+    done = run_warm(f"jobs.{job}", "--help")
     assert done.returncode == 0
     assert f"Example: python -m jobs.{job}" in done.stdout
 
@@ -256,6 +258,6 @@ def test_steer__refuses_what_cannot_be_steered(finished, folder):
         (["--concept", "joy", "--max-tokens", "500"], ["64", "at most"]),
         (["--concept", "joy", "--neuron", "3"], ["layer"]),
     ):
-        done = neuronlens("steer", "store", "i hate", *args, "--table", table_id, cwd=folder)
+        done = run_warm("neuronlens", "steer", "store", "i hate", *args, "--table", table_id, cwd=folder)
         assert done.returncode == 2, done.stderr
         assert all(word in done.stderr for word in words), done.stderr

@@ -35,8 +35,10 @@ def lens(store):
         yield lens
 
 
-def _completions(lens: Lens, text: str) -> list[str]:
-    return [c.text for c in StoreCompleter(lens).get_completions(Document(text), CompleteEvent())]
+@pytest.fixture(scope="module")
+def completions(lens):
+    completer = StoreCompleter(lens)
+    return lambda text: [c.text for c in completer.get_completions(Document(text), CompleteEvent())]
 
 
 def _typed(lens: Lens, keys: str, history: InMemoryHistory | None = None) -> str:
@@ -49,17 +51,17 @@ def _typed(lens: Lens, keys: str, history: InMemoryHistory | None = None) -> str
     return console.export_text()
 
 
-def test_completer__knows_views_columns_macros_and_questions(lens):
-    assert _completions(lens, "select * from gaus") == ["gaussianity_by_layer", "gaussianity"]  # the question, the view
-    assert "excess_kurtosis" in _completions(lens, "select exc")
-    assert _completions(lens, "from neuron_card") == ["neuron_card(", "neuron_cards"]  # the macro, the question
-    assert _completions(lens, "from ") == []
+def test_completer__knows_views_columns_macros_and_questions(completions):
+    assert completions("select * from gaus") == ["gaussianity_by_layer", "gaussianity"]  # the question, the view
+    assert "excess_kurtosis" in completions("select exc")
+    assert completions("from neuron_card") == ["neuron_card(", "neuron_cards"]  # the macro, the question
+    assert completions("from ") == []
 
 
-def test_completer__gives_concepts_within_quotes_as_sql_writes_them(lens):
+def test_completer__gives_concepts_within_quotes_as_sql_writes_them(completions):
     assert CONCEPTS[0] == "it's joy"
-    assert _completions(lens, "from ar(1, 2, 'it") == ["it''s joy'"]
-    assert set(_completions(lens, "where concept = '")) == {c.replace("'", "''") + "'" for c in CONCEPTS}
+    assert completions("from ar(1, 2, 'it") == ["it''s joy'"]
+    assert set(completions("where concept = '")) == {c.replace("'", "''") + "'" for c in CONCEPTS}
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,11 @@ def place(tmp_path_factory):
 def one_thread_each(monkeypatch):
     """On some CPUs torch's matrix products round differently with other numbers of threads, and fewer workers get more
     of them."""
-    from pipeline import driver
+    from pipeline import driver, erasure
     from pipeline.workers import choose_layout
 
-    monkeypatch.setattr(driver, "choose_layout", lambda *a, **k: replace(choose_layout(*a, **k), n_threads=1))
+    for stage in (driver, erasure):
+        monkeypatch.setattr(stage, "choose_layout", lambda *a, **k: replace(choose_layout(*a, **k), n_threads=1))
 
 
 @pytest.fixture

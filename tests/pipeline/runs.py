@@ -4,21 +4,30 @@ import json
 
 import numpy as np
 
+from neuronlens.models import load_model
 from neuronlens.query import connect
 from neuronlens.recipe import Recipe, parse_recipe
 from neuronlens.store import Store
 from pipeline import driver
+from pipeline.collect import CollectSpec, collect_shard
+from pipeline.plan import freeze
+from pipeline.statistics import compute_statistics_here
 
 ANSWERS = {"joy": "<joy>", "anger": "<anger>", "fear": "<fear>"}
 
 
+TWO_WORKERS = {"workers": 2}
+"""Where it matters that there are several: each is a process that imports torch and transformers for 9 s of a core."""
+
+
 def content_of(place, **sections) -> dict:
-    """A recipe for the texts and the model of the `place` fixture, with sections changed or (None) left out."""
+    """A recipe of one worker for the texts and the model of the `place` fixture, with sections changed or (None) left
+    out."""
     content = {
         "model": {"id": str(place / "model")},
         "data": {"source": str(place / "train.jsonl"), "prompt": "{text}<sep>", "answers": ANSWERS},
         "test": {"source": str(place / "test.jsonl")},
-        "compute": {"workers": 2},
+        "compute": {"workers": 1},
     }
     for section, values in sections.items():
         content[section] = values if values is None else {**(content.get(section) or {}), **values}
@@ -39,6 +48,16 @@ def run(place, root, *, allow_partial=False, reporter=None, **sections) -> drive
     return driver.run(
         recipe(place, **sections), name="test", store_root=str(root), allow_partial=allow_partial, reporter=reporter
     )
+
+
+def run_here(place, root, **sections) -> None:
+    """The stages up to the statistics, in this process: what a run leaves in its store, without Ray."""
+    asked = recipe(place, **sections)
+    plan, store = driver.Driver(recipe=asked).plan(name="test", store_root=str(root))
+    loaded, spec = load_model(asked.model.id), CollectSpec.of(plan.description, plan.answers)
+    for shard in freeze(plan, store):
+        collect_shard(loaded, spec, store, shard)
+    compute_statistics_here(store, tau=asked.ranges.tau, memory_limit=None, on_done=lambda _: None)
 
 
 def table_of(root, view, order):

@@ -18,7 +18,7 @@ from neuronlens.recipe import ComputeSection, parse_recipe
 from neuronlens.store import Store
 from pipeline import driver
 from pipeline.workers import Layout, Spares
-from tests.pipeline.runs import ANSWERS, assert_same_tables, recipe, run, table_of
+from tests.pipeline.runs import ANSWERS, TWO_WORKERS, assert_same_tables, recipe, run, run_here, table_of
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "small_shards")
@@ -30,7 +30,7 @@ def finished(place, tmp_path_factory, ray_cluster):
     patch = pytest.MonkeyPatch()
     patch.setattr("pipeline.plan.MIN_SHARD_TOKENS", 150)
     root = tmp_path_factory.mktemp("finished") / "store"
-    summary = run(place, root, collect={"hook_points": ["mlp_post", "resid_post"]})
+    summary = run(place, root, collect={"hook_points": ["mlp_post", "resid_post"]}, compute=TWO_WORKERS)
     patch.undo()
     return root, summary
 
@@ -81,20 +81,19 @@ def test_run__partials_merge_to_what_sql_computes_from_the_raw_values(finished):
 
 
 @pytest.mark.usefixtures("one_thread_each")
-def test_run__gives_the_same_for_one_worker_and_three(place, tmp_path, finished):
+@pytest.mark.parametrize("n_workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_run__gives_the_same_for_one_worker_two_and_three(place, tmp_path, finished, n_workers):
     root, summary = finished
-    for n_workers in (1, 3):
-        other = tmp_path / str(n_workers)
-        again = run(
-            place,
-            other,
-            collect={"hook_points": ["mlp_post", "resid_post"]},
-            compute={"workers": n_workers},
-            test=None,
-        )
-        assert_same_tables(other, root)
-        assert table_of(other, "activations", "all").equals(table_of(root, "activations", "all"))
-        assert again.range_table == summary.range_table
+    again = run(
+        place,
+        tmp_path,
+        collect={"hook_points": ["mlp_post", "resid_post"]},
+        compute={"workers": n_workers},
+        test=None,
+    )
+    assert_same_tables(tmp_path, root)
+    assert table_of(tmp_path, "activations", "all").equals(table_of(root, "activations", "all"))
+    assert again.range_table == summary.range_table
 
 
 def test_spares__give_their_cores_back_where_none_fits():
@@ -109,6 +108,7 @@ def test_spares__give_their_cores_back_where_none_fits():
         assert ray.available_resources()["CPU"] == 3
 
 
+@pytest.mark.usefixtures("one_thread_each")
 def test_run__goes_on_where_it_stopped(place, tmp_path, finished):
     root, summary = finished
     copy = tmp_path / "store"
@@ -123,9 +123,15 @@ def test_run__goes_on_where_it_stopped(place, tmp_path, finished):
     assert again.erasure == summary.erasure
 
 
+@pytest.fixture(params=[run_here, pytest.param(run, marks=pytest.mark.slow)], ids=["here", "on Ray"])
+def filled(request, place, tmp_path):
+    """A function that makes a store in tmp_path by a recipe of these sections."""
+    return lambda **sections: request.param(place, tmp_path, test=None, **sections)
+
+
 @pytest.mark.parametrize("unit", ["token", "mean"])
-def test_run__takes_every_unit(place, tmp_path, unit):
-    summary = run(place, tmp_path, collect={"unit": unit}, test=None)
+def test_run__takes_every_unit(filled, tmp_path, unit):
+    filled(collect={"unit": unit})
     n = table_of(tmp_path, "moments", "all")["n"].to_numpy()
     with connect(Store(str(tmp_path)).file_lists()) as con:
         [(n_texts, n_tokens)] = con.sql(
@@ -133,26 +139,25 @@ def test_run__takes_every_unit(place, tmp_path, unit):
         ).fetchall()
     per_neuron = n.reshape(-1).sum() / (2 * 40)
     assert per_neuron == (n_tokens if unit == "token" else n_texts)
-    assert summary.erasure == []
 
 
-def test_run__keeps_statistics_without_histograms_and_raw(place, tmp_path):
-    run(place, tmp_path, collect={"histograms": False, "raw": "none"}, test=None)
+def test_run__keeps_statistics_without_histograms_and_raw(filled, tmp_path):
+    filled(collect={"histograms": False, "raw": "none"})
     overlap = table_of(tmp_path, "overlap", "all").to_pandas()
     assert overlap["ovl"].isna().all()
     assert overlap["ovl_gaussian"].notna().all()
     assert not (tmp_path / "raw").exists()
 
 
-def test_run__keeps_raw_values_of_chosen_neurons_only(place, tmp_path):
-    run(place, tmp_path, collect={"raw": {"layers": [1], "neurons": [3, 39]}}, test=None)
+def test_run__keeps_raw_values_of_chosen_neurons_only(filled, tmp_path):
+    filled(collect={"raw": {"layers": [1], "neurons": [3, 39]}})
     raw = table_of(tmp_path, "activations", "all").to_pandas()
     assert set(raw["layer"]) == {1}
     assert set(raw["neuron"]) == {3, 39}
     assert len(raw) == 120 * 2
 
 
-def test_run__counts_correct_answers_only_where_asked(place, tmp_path):
+def test_run__counts_correct_answers_only_where_asked(filled, place, tmp_path):
     """The answer of joy is made to be what the tiny model says most often; whether it does is asked text by text."""
     model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
     rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
@@ -160,7 +165,7 @@ def test_run__counts_correct_answers_only_where_asked(place, tmp_path):
     said = [int(model(**prompt).logits[0, -1].argmax()) for prompt in prompts]
     usual = max(set(said), key=said.count)
     answers = {**ANSWERS, "joy": tokenizer.decode([usual])}
-    run(place, tmp_path, data={"only_correct": True, "answers": answers}, test=None)
+    filled(data={"only_correct": True, "answers": answers})
     n = table_of(tmp_path, "moments", "all").to_pandas().groupby("concept")["n"].max()
     assert 2 <= n["joy"] == said.count(usual) < 40
     assert n["anger"] < 40
@@ -206,6 +211,7 @@ def test_run__preset_paper_reads_the_last_residual_stream(place, tmp_path):
     paper = parse_recipe(
         {
             "preset": "paper",
+            "compute": {"workers": 1},
             "model": {"id": str(place / "model")},
             "data": {"source": str(place / "train.jsonl"), "prompt": "{text}<sep>", "answers": ANSWERS},
         }
@@ -219,4 +225,5 @@ def test_run__preset_paper_reads_the_last_residual_stream(place, tmp_path):
 def test_run__puts_the_store_under_the_working_folder_by_default(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     summary = driver.run(recipe(place, test=None), name="mine")
+    assert summary.erasure == []
     assert os.path.relpath(summary.store, tmp_path).startswith("neuronlens-runs/mine-")

@@ -22,9 +22,9 @@ from pipeline.collect import CollectSpec, commit_shard, read_samples, run_shard
 from pipeline.plan import load_shards
 from pipeline.status import status_of
 from tests.faults import Fault, break_storage, n_times
-from tests.pipeline.runs import assert_same_tables, recipe, run, table_of
+from tests.pipeline.runs import TWO_WORKERS, assert_same_tables, recipe, run, table_of
 
-pytestmark = pytest.mark.usefixtures("ray_cluster", "small_shards")
+pytestmark = pytest.mark.usefixtures("ray_cluster", "small_shards", "one_thread_each")
 
 
 class Notes:
@@ -45,7 +45,7 @@ def undisturbed(place, tmp_path_factory, ray_cluster):
     patch = pytest.MonkeyPatch()
     patch.setattr("pipeline.plan.MIN_SHARD_TOKENS", 150)
     root = tmp_path_factory.mktemp("undisturbed") / "store"
-    run(place, root, test=None)
+    run(place, root, test=None, compute=TWO_WORKERS)
     patch.undo()
     return root
 
@@ -63,7 +63,7 @@ def faulty(folder):
 def test_run__goes_on_when_a_collector_is_killed_in_the_middle_of_a_shard(place, tmp_path, undisturbed):
     break_storage(tmp_path, Fault("kill", r"raw/.*shard-00002", times=1), Fault("kill", r"partials/.*05\.", times=1))
     notes = Notes()
-    run(place, faulty(tmp_path), test=None, reporter=notes)
+    run(place, faulty(tmp_path), test=None, reporter=notes, compute=TWO_WORKERS)
     assert n_times(tmp_path) == 2
     assert any("its worker died" in line for line in notes.lines)
     assert_same_tables(faulty(tmp_path), undisturbed)
@@ -74,7 +74,7 @@ def test_run__goes_on_when_a_collector_is_killed_in_the_middle_of_a_shard(place,
 def test_run__quarantines_a_shard_that_fails_every_time(place, tmp_path, undisturbed, action):
     break_storage(tmp_path, Fault(action, r"partials/shard-00002"))
     with pytest.raises(RunFailed, match=r"1 of \d+ shards failed") as raised:
-        run(place, faulty(tmp_path), test=None)
+        run(place, faulty(tmp_path), test=None, compute=TWO_WORKERS)
     store = Store(faulty(tmp_path))
     rows = read_samples(store, load_shards(store)[2])["row"].to_pylist()
     message = str(raised.value)
@@ -218,7 +218,7 @@ def test_run__outlives_storage_that_fails_now_and_then(place, tmp_path, undistur
         Fault("half", r"(partials|histograms|raw)/.*[13579]\.", times=8),
         Fault("raise", r"samples/", times=2),
     )
-    run(place, faulty(tmp_path), test=None)
+    run(place, faulty(tmp_path), test=None, compute=TWO_WORKERS)
     assert n_times(tmp_path) == 18
     assert Store(faulty(tmp_path)).faults() == []
     assert_same_tables(faulty(tmp_path), undisturbed)
@@ -229,7 +229,7 @@ def test_run__outlives_storage_that_fails_now_and_then(place, tmp_path, undistur
 def test_run__never_commits_without_its_files(place, tmp_path, action):
     break_storage(tmp_path, Fault(action, r"histograms/"))
     with pytest.raises(StorageFailed, match=r"could not write .*histograms.*failed 6 times"):
-        run(place, faulty(tmp_path), test=None)
+        run(place, faulty(tmp_path), test=None, compute=TWO_WORKERS)
     assert Store(faulty(tmp_path)).names("commits") == []
     assert n_times(tmp_path) <= 6 * 9, "storage that is down ends the run, not each shard in its turn"
 
@@ -239,7 +239,7 @@ def test_run__never_commits_without_its_files(place, tmp_path, action):
 def test_run__stops_at_once_where_nothing_can_be_written(place, tmp_path, undisturbed, action, said):
     break_storage(tmp_path, Fault(action, r"partials/shard-0000[0-4]"))
     with pytest.raises(StoreUnusable, match=said):
-        run(place, faulty(tmp_path), test=None)
+        run(place, faulty(tmp_path), test=None, compute=TWO_WORKERS)
     assert n_times(tmp_path) <= 4, "what cannot work is not tried again"
     break_storage(tmp_path)
     run(place, faulty(tmp_path), test=None)
@@ -261,7 +261,6 @@ def test_run__does_not_mind_clocks_that_disagree(place, tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread_each")
 @pytest.mark.parametrize("n_workers", [1, 7])
 def test_run__gives_the_same_for_any_number_of_workers(place, tmp_path, undisturbed, n_workers):
     run(place, tmp_path, compute={"workers": n_workers}, test=None)
@@ -288,7 +287,7 @@ def test_run__drops_what_a_signalled_collector_had_in_hand(place, tmp_path, undi
 
     other = threading.Thread(target=terminate)
     other.start()
-    run(place, faulty(tmp_path), test=None)
+    run(place, faulty(tmp_path), test=None, compute=TWO_WORKERS)
     other.join()
     assert gone_after[0] < 10
     assert_same_tables(faulty(tmp_path), undisturbed)

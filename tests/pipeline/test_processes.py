@@ -14,7 +14,8 @@ import pytest
 from neuronlens.store import Store
 from pipeline.status import status_of
 from tests.faults import Fault, break_storage
-from tests.pipeline.runs import assert_same_tables, recipe_file
+from tests.pipeline.runs import TWO_WORKERS, assert_same_tables, recipe_file
+from tests.warm import run_warm
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +27,7 @@ class Run:
     """`neuronlens run` on a store in `folder`, as a process of its own."""
 
     def __init__(self, place, folder, *, env=None, within=(), **sections):
-        path = recipe_file(place, folder, **{"test": None, **sections})
+        path = recipe_file(place, folder, **{"test": None, "compute": TWO_WORKERS, **sections})
         self.store = Store(f"faulty://{folder}/store")
         command = [sys.executable, "-m", "tests.faulty_cli", "run", str(path), "--store", self.store_url, "--json"]
         self.process = subprocess.Popen(
@@ -113,7 +114,7 @@ def test_driver__has_nothing_left_to_do_the_second_time(place, tmp_path, undistu
 
 
 def test_driver__that_comes_second_says_who_is_there(place, tmp_path, undisturbed):
-    break_storage(tmp_path, Fault("slow", r"partials/", seconds=10.0))
+    break_storage(tmp_path, Fault("slow", r"partials/shard-0000[1-9]", seconds=10.0))
     first = Run(place, tmp_path)
     first.wait_for_commits(1)
     assert status_of(first.store)["state"] == "running"
@@ -200,11 +201,14 @@ def test_run__says_what_is_wrong_with_the_disk(place, tmp_path, mount, said):
     assert "Traceback" not in done.stderr
 
 
+def _run_cold(module, *args):
+    return subprocess.run([sys.executable, "-m", module, *args], capture_output=True, text=True, timeout=240)
+
+
 def test_stages__run_apart_give_what_the_whole_job_gives(place, tmp_path, undisturbed):
     """python -m jobs.*, each twice: idempotent, and on one store."""
     root, summary = undisturbed
-    path, store = recipe_file(place, tmp_path), tmp_path / "store"
-    small = "import pipeline.plan, runpy, sys; pipeline.plan.MIN_SHARD_TOKENS = 150; "
+    path, store = recipe_file(place, tmp_path, compute=TWO_WORKERS), tmp_path / "store"
     found = {}
     for job, args in (
         ("collect", [str(path), "--store", str(store)]),
@@ -212,11 +216,8 @@ def test_stages__run_apart_give_what_the_whole_job_gives(place, tmp_path, undist
         ("ranges", [str(store)]),
         ("evaluate", [str(store)]),
     ):
-        for _ in range(2):
-            code = f"{small} sys.argv[0] = 'jobs/{job}.py'; runpy.run_module('jobs.{job}', run_name='__main__')"
-            done = subprocess.run(
-                [sys.executable, "-c", code, *args, "--json"], capture_output=True, text=True, timeout=240
-            )
+        for run in (_run_cold, run_warm):
+            done = run("tests.small_job", job, *args, "--json")
             assert done.returncode == 0, done.stderr
             found[job] = json.loads(done.stdout.splitlines()[-1])
     assert found["ranges"]["range_table"] == summary["range_table"]

@@ -394,9 +394,22 @@ class _Listening(Silent):
         self.say = said.append  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("asked", [{"where": "n_tokens < 20"}, {"shards": "shard % 2 = 0"}])
+@pytest.fixture(
+    scope="module",
+    params=[{"where": "n_tokens < 20"}, pytest.param({"shards": "shard % 2 = 0"}, marks=pytest.mark.slow)],
+)
+def undisturbed(request, tmp_path_factory) -> tuple[Store, dict[str, str], Store]:
+    """A store, what is asked of it, and the cut that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    write_store(folder / "old", _values())
+    store, whole = _complete(folder / "old"), Store(str(folder / "whole"))
+    recut(store, whole, **request.param)
+    return store, request.param, whole
+
+
 @pytest.mark.parametrize("step", ["write_plan", "read_whole", "create_receipt", "compute_statistics_here"])
-def test_recut__goes_on_where_it_was_killed(asked, step, store, new, tmp_path, monkeypatch):
+def test_recut__goes_on_where_it_was_killed(undisturbed, step, new, monkeypatch):
+    store, asked, whole = undisturbed
     calls = 0
     home = Store if step == "read_whole" else module
     original = getattr(home, step)
@@ -430,8 +443,6 @@ def test_recut__goes_on_where_it_was_killed(asked, step, store, new, tmp_path, m
     recut(store, new, **asked, reporter=_Listening(said))
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert any(f"{len(kept)} of {len(load_shards(new))} shards are committed" in line for line in said) == bool(kept)
-    whole = Store(str(tmp_path / "whole"))
-    recut(store, whole, **asked)
     _assert_same_numbers(new, whole, rtol=1e-12)
     assert _table(new, "samples").equals(_table(whole, "samples"))
     assert new.describe()["store_hash"] == whole.describe()["store_hash"]

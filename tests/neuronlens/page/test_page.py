@@ -471,20 +471,26 @@ def run(*args: str):
     return CliRunner().invoke(app, ["report", *args])
 
 
-def test_report_command__prints_the_path(store, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A store with few figures to draw."""
+    return write_report_store(tmp_path_factory.mktemp("small") / "store", arrays(["a", "b"], n_layers=1, width=4))
+
+
+def test_report_command__prints_the_path(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(store.root)
+    done = run(small.root)
     assert done.exit_code == 0, done.output
     assert done.stdout == "report.html\n"
     assert "figures" in done.stderr
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
-def test_report_command__prints_json_and_opens_the_page(store, tmp_path, monkeypatch):
+def test_report_command__prints_json_and_opens_the_page(small, tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or True)
     path = tmp_path / "a b.html"
-    answer = json.loads(run(store.root, "-o", str(path), "--json", "--open").stdout)
+    answer = json.loads(run(small.root, "-o", str(path), "--json", "--open").stdout)
     assert answer["report"] == str(path)
     assert answer["bytes"] == path.stat().st_size
     assert opened == [path.as_uri()]
@@ -506,12 +512,12 @@ def test_report_command__names_a_damaged_store(tmp_path):
     assert moments.name in str(done.exception)
 
 
-def test_report_command__says_why_a_file_cannot_be_written(store, tmp_path, monkeypatch):
+def test_report_command__says_why_a_file_cannot_be_written(small, tmp_path, monkeypatch):
     def full(path, _):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    done = run(store.root, "-o", str(tmp_path / "r.html"))
+    done = run(small.root, "-o", str(tmp_path / "r.html"))
     assert isinstance(done.exception, RunFailed)
     assert "r.html cannot be written (No space left on device)" in str(done.exception)
 

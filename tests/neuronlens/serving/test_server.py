@@ -22,6 +22,7 @@ from neuronlens.serving.settings import Limits
 from tests.neuronlens.serving.shells import READ_KEY, WRITE_KEY, bearer
 from tests.range_tables import row, table_of
 from tests.tiny_models import save_tiny
+from tests.warm import run_warm
 
 SERVER = ("tests.neuronlens.serving.stream_server", "--drain-seconds")
 
@@ -353,7 +354,7 @@ def test_serve__runs_the_model_that_the_table_names_and_no_other(tmp_path):
 )
 @pytest.mark.slow
 def test_serve__a_mistake_is_a_sentence_and_exit_code_2(table, args, words):
-    done = neuronlens("serve", *(table if arg == "TABLE" else arg for arg in args), env={"HF_HUB_OFFLINE": "1"})
+    done = run_warm("neuronlens", "serve", *(table if arg == "TABLE" else arg for arg in args))
     assert done.returncode == 2, done.stderr
     assert words in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

@@ -34,6 +34,15 @@ def test_sites__come_in_forward_order_with_the_ranks_slice():
     assert (sites[1].part, sites[1].full_width, sites[1].is_sliced) == (slice(0, 16), 16, False)
 
 
+def test_sites__refuse_a_path_that_two_parts_of_a_model_have():
+    both = nn.ModuleDict({"vision": tree(2, LLAMA), "text": tree(2, LLAMA)})
+    with pytest.raises(UsageError, match="in more than one part"):
+        find_rank_sites(both, "llama", 16, WorkerConfig())
+    path = {"mlp_post": "text.model.layers.{layer}.mlp.down_proj:input"}
+    sites = find_rank_sites(both, "llama", 16, WorkerConfig(modules=path))
+    assert [site.module_name for site in sites] == [f"text.model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+
+
 @pytest.mark.parametrize(
     ("mlp", "model_type", "config", "wanted"),
     [
