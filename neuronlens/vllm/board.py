@@ -5,12 +5,14 @@ forward pass that has a program, and set back to slot 0 after it.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from neuronlens.vllm.tables import SiteTables, SlotTables, replace_by_numba, replace_by_torch
+from neuronlens.slot_kernel import settle
+from neuronlens.vllm.tables import ReplaceByNumba, SiteTables, SlotTables, replace_by_torch
 
 Replace = Callable[[Tensor, SiteTables, Tensor, Tensor], None]
 """Takes x_TN, the site's tables, slot_T and counts_TC."""
@@ -29,39 +31,43 @@ class Board:
 
         self.tables = tables
         self.is_idle = True
-        self.slot_T = zeros(n_tokens, dtype=torch.int32)
+        self._is_cpu = device.type == "cpu"
+        self._host_2T = torch.zeros(2, n_tokens, dtype=torch.int32, pin_memory=not self._is_cpu)
+        # On the CPU what is filled in is what is read.
+        self.slot_T, self._counter_T = self._host_2T if self._is_cpu else zeros(2, n_tokens, dtype=torch.int32)
         self.counts_TC = zeros(n_tokens, 1 + n_rules, dtype=torch.int32)
         self.counts_UC = zeros(n_counters + 1, 1 + n_rules, dtype=torch.int64)
-        self._counter_T = zeros(n_tokens, dtype=torch.int32)
         self._nobodys_TC = torch.zeros_like(self.counts_TC)
-        self._is_cpu = device.type == "cpu"
         # Where every rank sees the same values, one of them counts.
         self._counts_here = [site.site.is_sliced or rank == 0 for site in tables.sites]
-        self._host_2T = torch.zeros(2, n_tokens, dtype=torch.int32, pin_memory=not self._is_cpu)
         self._n_seated = 0
         self._replace = _replace_for(device)
 
-    @property
+    @cached_property
     def host_2T(self) -> np.ndarray:
-        """Slots of the next forward pass, and rows of counts_UC, to be filled in before `seat`."""
+        """Slots of the next forward pass, and rows of counts_UC, to be filled in before `seat`, when the last pass has
+        been settled by `rest`."""
         return self._host_2T.numpy()
 
     def seat(self, n_tokens: int) -> None:
         """Take over the first n_tokens of host_2T; every other token is without a program."""
-        self.rest()
-        self.slot_T[:n_tokens].copy_(self._host_2T[0, :n_tokens], non_blocking=True)
-        self._counter_T[:n_tokens].copy_(self._host_2T[1, :n_tokens], non_blocking=True)
+        if not self._is_cpu:
+            self.slot_T[:n_tokens].copy_(self._host_2T[0, :n_tokens], non_blocking=True)
+            self._counter_T[:n_tokens].copy_(self._host_2T[1, :n_tokens], non_blocking=True)
         self._n_seated, self.is_idle = n_tokens, False
 
     def rest(self) -> None:
         """The forward pass is over: write down its counts. No token has a program, until the next `seat`."""
         if self.is_idle:
             return
+        self.is_idle = True
+        if self._is_cpu:
+            settle(self._n_seated, *self.host_2T, self.counts_TC.numpy(), self.counts_UC.numpy())
+            return
         seated = slice(self._n_seated)
         self.counts_UC.index_add_(0, self._counter_T[seated], self.counts_TC[seated].long())
         self.counts_TC[seated].zero_()
         self.slot_T[seated].zero_()
-        self.is_idle = True
 
     def run(self, x_TN: Tensor, index: int) -> None:
         """Replace, in x_TN, the values inside a range of their token's program at site `index`."""
@@ -101,7 +107,7 @@ class Board:
 
 def _replace_for(device: torch.device) -> Replace:
     if device.type == "cpu":
-        return replace_by_numba
+        return ReplaceByNumba(torch.get_num_threads())
     if device.type == "cuda":
         from neuronlens.vllm.triton_kernel import replace_by_triton
 

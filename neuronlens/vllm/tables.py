@@ -4,7 +4,9 @@ Slot 0 is no program. A slot has up to `rules` rules at a site; the rules of all
 which row 0 contains no value.
 """
 
+import itertools
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from neuronlens.vllm.config import WorkerConfig
 from neuronlens.vllm.sites import RankSite
 
 N_FIELDS = 6
+_SHARED_VALUES = 1 << 17
+"""From so many on, other threads help: waking one takes as long as 30,000 values."""
 
 
 class NoRoom(Exception):
@@ -34,6 +38,8 @@ class SiteTables:
     named_SN: Tensor
     numbers_KFN: Tensor
     kinds_K2: Tensor
+    arrays: tuple[Any, ...] = ()
+    """On the CPU, the five in numpy, as `slot_kernel` takes them; they share the tensors' memory."""
 
     @classmethod
     def empty(cls, site: RankSite, config: WorkerConfig, device: torch.device) -> "SiteTables":
@@ -42,14 +48,14 @@ class SiteTables:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
-        tables = cls(
-            site=site,
-            n_rules_S=zeros(n_slots, dtype=torch.int64),
-            rules_2SR=zeros(2, n_slots, config.rules, dtype=torch.int64),
-            named_SN=zeros(n_slots, site.width, dtype=torch.int32),
-            numbers_KFN=zeros(n_rows, N_FIELDS, site.width, dtype=torch.float32),
-            kinds_K2=zeros(n_rows, 2, dtype=torch.bool),
+        parts = (
+            zeros(n_slots, dtype=torch.int64),
+            zeros(2, n_slots, config.rules, dtype=torch.int64),
+            zeros(n_slots, site.width, dtype=torch.int32),
+            zeros(n_rows, N_FIELDS, site.width, dtype=torch.float32),
+            zeros(n_rows, 2, dtype=torch.bool),
         )
+        tables = cls(site, *parts, tuple(part.numpy() for part in parts) if device.type == "cpu" else ())
         tables.numbers_KFN[0, LOWER], tables.numbers_KFN[0, UPPER] = torch.inf, -torch.inf
         return tables
 
@@ -57,12 +63,6 @@ class SiteTables:
     def n_bytes(self) -> int:
         arrays = (self.n_rules_S, self.rules_2SR, self.named_SN, self.numbers_KFN, self.kinds_K2)
         return sum(array.nbytes for array in arrays)
-
-    @property
-    def arrays(self) -> tuple[Any, ...]:
-        """As `slot_kernel.replace_in_place` takes them; on the CPU they share the tensors' memory."""
-        parts = (self.n_rules_S, self.rules_2SR, self.named_SN, self.numbers_KFN, self.kinds_K2)
-        return tuple(part.numpy() for part in parts)
 
     def put(self, slot: int, program: SiteProgram, rows: Sequence[int], dtype: torch.dtype) -> None:
         """The part of this rank into `slot`, its rules at these rows. Bounds are rounded to the activations' dtype."""
@@ -146,13 +146,29 @@ class SlotTables:
             self._free[index].extend(rows)
 
 
-def replace_by_numba(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_TC: Tensor) -> None:
-    """Change x_TN, in the CPU's memory and of any floating dtype, in place: one compiled pass. slot_T and counts_TC
-    (int32: tested, then changed by each rule) may have more tokens than x_TN."""
-    x = x_TN if x_TN.dtype is torch.float32 and x_TN.is_contiguous() else x_TN.float().contiguous()
-    replace_in_place(x.numpy(), slot_T.numpy(), *tables.arrays, counts_TC.numpy())
-    if x is not x_TN:
-        x_TN.copy_(x)
+class ReplaceByNumba:
+    """Changes x_TN, in the CPU's memory and of any floating dtype, in place: one compiled pass, whose tokens are shared
+    out over threads where there are many. slot_T and counts_TC (int32: tested, then changed by each rule) may have more
+    tokens than x_TN."""
+
+    def __init__(self, n_threads: int) -> None:
+        self._n_threads = n_threads
+        self._pool = ThreadPoolExecutor(n_threads - 1) if n_threads > 1 else None
+
+    def __call__(self, x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_TC: Tensor) -> None:
+        x = x_TN if x_TN.dtype is torch.float32 and x_TN.is_contiguous() else x_TN.float().contiguous()
+        values, more = x.numpy(), (slot_T.numpy(), *tables.arrays, counts_TC.numpy())
+        if self._pool is None or values.size < _SHARED_VALUES:
+            replace_in_place(values, 0, len(values), *more)
+        else:
+            edges = [len(values) * i // self._n_threads for i in range(self._n_threads + 1)]
+            (first, *others) = itertools.pairwise(edges)
+            shares = [self._pool.submit(replace_in_place, values, *span, *more) for span in others]
+            replace_in_place(values, *first, *more)
+            for share in shares:
+                share.result()
+        if x is not x_TN:
+            x_TN.copy_(x)
 
 
 def replace_by_torch(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_TC: Tensor) -> None:

@@ -13,11 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from neuronlens.slot_kernel import spread
 from neuronlens.vllm.board import Board
 from neuronlens.vllm.tables import NoRoom
 from neuronlens.vllm.wire import unpack
 
 Answer = Literal["admitted", "unknown_program", "busy", "bad_program"]
+_NOBODY = (0, 0, 0, 0)
 _KEPT_TICKETS = 1_000
 """Handed back, and still known, so that a straggler of theirs runs under the right program."""
 
@@ -109,26 +111,19 @@ class Tickets:
         """Seat the tokens of the next forward pass: n_scheduled_R of each sequence, in the batch's order, from position
         n_computed_R on. names: each sequence's ticket, or None. Position, not order of arrival, tells the prompt from
         what was generated."""
-        found = [(i, ticket) for i, name in enumerate(names) if name and (ticket := self._ticket(name)) is not None]
-        if not found:
-            self._board.rest()
-            return
-        end_R = np.cumsum(n_scheduled_R)
-        host_2T, n_tokens = self._board.host_2T, int(end_R[-1])
-        host_2T[:, :n_tokens] = 0
-        for i, ticket in found:
-            end, n, start = int(end_R[i]), int(n_scheduled_R[i]), int(n_computed_R[i])
-            first = end - n
-            generated = first + min(max(int(n_prompt_R[i]) - start, 0), n)
-            if ticket.in_prompt:
-                host_2T[0, first:generated] = ticket.slot
-            if ticket.in_generation:
-                host_2T[0, generated:end] = ticket.slot
-            if ticket.row:
-                n_before = max(ticket.counted.get(sequences[i], 0) - start, 0)
-                host_2T[1, min(first + n_before, end) : end] = ticket.row
-                ticket.counted[sequences[i]] = max(ticket.counted.get(sequences[i], 0), start + n)
-        self._board.seat(n_tokens)
+        about_R4 = [_NOBODY] * len(names)
+        for i, name in enumerate(names):
+            ticket = self._ticket(name) if name else None
+            if ticket is not None:
+                counted = ticket.counted.get(sequences[i], 0) if ticket.row else 0
+                slots = ticket.slot * ticket.in_prompt, ticket.slot * ticket.in_generation
+                about_R4[i] = (*slots, ticket.row, counted)
+                if ticket.row:
+                    ticket.counted[sequences[i]] = max(counted, int(n_computed_R[i]) + int(n_scheduled_R[i]))
+        self._board.rest()
+        if any(about is not _NOBODY for about in about_R4):
+            about_4R = np.array(about_R4, np.int64).T
+            self._board.seat(spread(about_4R, n_scheduled_R, n_computed_R, n_prompt_R, *self._board.host_2T))
 
     @property
     def is_empty(self) -> bool:

@@ -101,7 +101,8 @@ def generate(llm: Any, prompts: Sequence[list[int]], n_tokens: int, programs: Se
         if programs:
             tickets = [stack.enter_context(steered(llm, program)) for program in programs]
             inputs = [tickets[i % len(tickets)].prompt(prompt) for i, prompt in enumerate(prompts)]
-            samplings = [tickets[i % len(tickets)].sampling(params) for i in range(len(prompts))]
+            of_tickets = [ticket.sampling(params) for ticket in tickets]
+            samplings = [of_tickets[i % len(tickets)] for i in range(len(prompts))]
         outputs = llm.generate(inputs, samplings, use_tqdm=False)
     if programs:
         assert all(ticket.counts.changed for ticket in tickets), "a program changed nothing"

@@ -4,15 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from neuronlens.vllm.tables import NoRoom, SlotTables, replace_by_numba, replace_by_torch
+from neuronlens.vllm import tables
+from neuronlens.vllm.tables import NoRoom, ReplaceByNumba, SlotTables, replace_by_torch
 from tests.neuronlens.vllm.boards import CONFIG, RULES, board, by_hand, program, rank_site, values
 
-WAYS = {"numba": replace_by_numba, "torch": replace_by_torch}
+WAYS = {"numba": ReplaceByNumba(1), "three threads": ReplaceByNumba(3), "torch": replace_by_torch}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_replace__does_to_each_token_what_its_own_program_says(way, dtype):
+def test_replace__does_to_each_token_what_its_own_program_says(way, dtype, monkeypatch):
+    monkeypatch.setattr(tables, "_SHARED_VALUES", 1)
     width, slots = 37, [0, 1, 2, 3, 4, 2, 0, 1]
     programs = [program(rules, width) for rules in RULES]
     made, _ = board([rank_site(width)], dtype=dtype, config=CONFIG.model_copy(update={"rule_rows": 7}))
