@@ -47,7 +47,7 @@ def test_hooks__reach_all_hook_points_of_an_architecture(tmp_path, architecture)
             assert got == ids, point
             assert counts.tested == tested, point
             # A value at a bound may fall on either side of it in two implementations.
-            assert abs(counts.changed - changed) <= 0.001 * changed, point
+            assert abs(counts.changed - changed) <= 0.01 * changed, point
             assert changed > 100, point
 
 
