@@ -2,7 +2,7 @@
 
     VLLM_PLUGINS=neuronlens NEURONLENS_SOURCES=STORE vllm serve MODEL --worker-cls neuronlens.vllm.Worker
 
-NEURONLENS_SOURCES: stores, and folders of single range tables, with os.pathsep between them. NEURONLENS_UPLOADS: where
+NEURONLENS_SOURCES: stores, and folders of single range tables, with commas between them. NEURONLENS_UPLOADS: where
 uploaded tables go (default: the first store). NEURONLENS_API_KEY_FILE, NEURONLENS_API_KEY and NEURONLENS_WRITE_KEY:
 keys with scopes, beside vLLM's own --api-key. `neuronlens serve --engine vllm` sets all of them.
 """
@@ -13,6 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neuronlens.errors import UsageError
 from neuronlens.vllm.config import WorkerConfig
 
 if TYPE_CHECKING:
@@ -59,7 +60,12 @@ async def _desk(engine_client: Any, args: Namespace) -> "Desk":
     from neuronlens.vllm.admission import Admission
     from neuronlens.vllm.middleware import Desk
 
-    sources = tuple(filter(None, os.environ.get(SOURCES, "").split(os.pathsep)))
+    sources = tuple(filter(None, os.environ.get(SOURCES, "").split(",")))
+    if not sources and not os.environ.get(UPLOADS):
+        raise UsageError(
+            f"The plugin neuronlens has no range tables: neither {SOURCES} nor {UPLOADS} is set. Set {SOURCES} to a "
+            "store or the folder of a table, or leave neuronlens out of VLLM_PLUGINS."
+        )
     key_file = os.environ.get(KEY_FILE)
     keys = Keys.load(Path(key_file) if key_file else None, os.environ, _log.warning)
     catalog = Catalog(sources, uploads=os.environ.get(UPLOADS))

@@ -4,7 +4,6 @@ The checks that need no model come first and in this process, so that what is wr
 """
 
 import importlib.util
-import os
 import signal
 import subprocess
 import sys
@@ -73,7 +72,7 @@ def environment(spec: ServiceSpec, key_file: str | None, environ: Mapping[str, s
     """What vLLM's process needs beside its command line."""
     allowed = [name for name in environ.get(_PLUGINS, "").split(",") if name]
     ours = {
-        SOURCES: os.pathsep.join(spec.sources),
+        SOURCES: ",".join(spec.sources),
         UPLOADS: spec.uploads,
         KEY_FILE: key_file,
         _PLUGINS: ",".join(dict.fromkeys([*allowed, KEY])),
