@@ -231,7 +231,8 @@ def test_run__never_commits_without_its_files(place, tmp_path, action):
     with pytest.raises(StorageFailed, match=r"could not write .*histograms.*failed 6 times"):
         run(place, faulty(tmp_path), test=None, compute=TWO_WORKERS)
     assert Store(faulty(tmp_path)).names("commits") == []
-    assert n_times(tmp_path) <= 6 * 9, "storage that is down ends the run, not each shard in its turn"
+    # The seventh failure ends it; meanwhile two workers may have three more shards in hand.
+    assert n_times(tmp_path) <= 6 * (7 + 3), "storage that is down ends the run, not each shard in its turn"
 
 
 @pytest.mark.slow
