@@ -164,7 +164,7 @@ def find_sites(
     for name in hook_points:
         hook_point, own_layer = parse_hook_point(name)
         modules, side = _modules_of(module, hook_point, overrides)
-        for layer in _chosen(modules, layers if own_layer is None else [own_layer], hook_point):
+        for layer in chosen_layers(modules, layers if own_layer is None else [own_layer], hook_point):
             width = _width(module, modules[layer], side, hook_point)
             site = Site(hook_point=hook_point, layer=layer, module_name=modules[layer], side=side, width=width)
             wanted[layer, FORWARD_ORDER.index(hook_point)] = site
@@ -310,7 +310,8 @@ def _modules_of(
     )
 
 
-def _chosen(modules: Mapping[int, str], layers: Literal["all"] | Sequence[int], hook_point: str) -> list[int]:
+def chosen_layers(modules: Mapping[int, str], layers: Literal["all"] | Sequence[int], hook_point: str) -> list[int]:
+    """Which of the layers that have the hook point are asked for. Raises UsageError for one that has none."""
     if layers == "all":
         return list(modules)
     n_layers = max(modules) + 1

@@ -6,12 +6,11 @@ stream; and under tensor parallelism a rank sees its slice of the MLP's neurons.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from neuronlens.errors import UsageError
-from neuronlens.hookpoints import FORWARD_ORDER, RULES
+from neuronlens.hookpoints import FORWARD_ORDER, RULES, chosen_layers
 from neuronlens.vllm.config import WorkerConfig
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def find_rank_sites(model: "nn.Module", model_type: str, d_model: int, config: W
                 f"{type(model).__name__} has {path} in more than one part ({matching[0][1]}, {matching[-1][1]}), so it "
                 "is not plain which is meant. Name the whole path in additional_config.neuronlens.modules."
             )
-        for layer in _chosen(modules, config.layers, hook_point):
+        for layer in chosen_layers(modules, config.layers, hook_point):
             site = _site(model, hook_point, layer, modules[layer], side, d_model)
             found[layer, FORWARD_ORDER.index(hook_point)] = site
     return tuple(found[key] for key in sorted(found))
@@ -83,20 +82,6 @@ def _rule(model_type: str, hook_point: str, config: WorkerConfig) -> tuple[str, 
         )
     path, _, side = rule.partition(":")
     return path, "input" if side == "input" or (not side and hook_point == "mlp_post") else "output"
-
-
-def _chosen(modules: dict[int, str], layers: Literal["all"] | Sequence[int], hook_point: str) -> list[int]:
-    if layers == "all":
-        return sorted(modules)
-    n_layers = max(modules) + 1
-    chosen = [layer + n_layers if layer < 0 else layer for layer in layers]
-    for asked, layer in zip(layers, chosen, strict=True):
-        if layer not in modules:
-            raise UsageError(
-                f"Layer {asked} is out of range: this model has {hook_point} in layers 0 to {n_layers - 1}. Choose "
-                "among these (negative numbers count from the end), or all."
-            )
-    return chosen
 
 
 def _site(
