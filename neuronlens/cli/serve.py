@@ -129,7 +129,6 @@ def serve(
         "uploads": uploads,
         "model": model,
         "revision": revision,
-        "engine": engine.value,
         "tables_only": tables_only,
         "dtype": dtype,
         "device": device,

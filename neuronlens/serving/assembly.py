@@ -33,8 +33,8 @@ class ServiceSpec(BaseModel):
     model: str | None = None
     """A folder or a hub id; None: the one that the sources name."""
     revision: str | None = None
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """vllm is a server of its own, which `neuronlens.vllm.launch` starts."""
+    engine: Literal["transformers"] = "transformers"
+    """In this process. vLLM has a server of its own, which `neuronlens.vllm.launch` starts."""
     tables_only: bool = False
     dtype: str = "auto"
     device: str = "auto"

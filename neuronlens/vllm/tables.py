@@ -59,11 +59,6 @@ class SiteTables:
         tables.numbers_KFN[0, LOWER], tables.numbers_KFN[0, UPPER] = torch.inf, -torch.inf
         return tables
 
-    @property
-    def n_bytes(self) -> int:
-        arrays = (self.n_rules_S, self.rules_2SR, self.named_SN, self.numbers_KFN, self.kinds_K2)
-        return sum(array.nbytes for array in arrays)
-
     def put(self, slot: int, program: SiteProgram, rows: Sequence[int], dtype: torch.dtype) -> None:
         """The part of this rank into `slot`, its rules at these rows. Bounds are rounded to the activations' dtype."""
         part, n_rules = self.site.part, len(program.rule_R)
@@ -92,10 +87,6 @@ class SlotTables:
         self._free = [list(range(config.rule_rows, 0, -1)) for _ in sites]
         self._rows: dict[int, dict[int, list[int]]] = {}
         """Slot -> site -> its rule rows."""
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(site.n_bytes for site in self.sites)
 
     def fault(self, program: Sequence[SiteProgram]) -> str | None:
         """Why these tables can never hold the program, in a sentence; None where they can."""

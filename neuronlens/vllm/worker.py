@@ -114,11 +114,8 @@ class SteeringWorker:
                 for name in dict.fromkeys(site.hook_point for site in self.rank_sites)
             },
             "widths": {site.hook_point: site.full_width for site in self.rank_sites},
-            "slots": self.lens_config.slots,
-            "rules": self.lens_config.rules,
             "dtype": str(self.model_config.dtype).removeprefix("torch."),  # type: ignore[attr-defined]
             "device": str(self.model_runner.device),  # type: ignore[attr-defined]
-            "table_bytes": self.board.tables.n_bytes,
         }
 
     def neuronlens_admit(self, ticket: str, program: str, phases: list[str], data: bytes | None) -> list[str]:

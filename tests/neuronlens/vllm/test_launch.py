@@ -25,7 +25,7 @@ def spec(tmp_path: Path) -> ServiceSpec:
     model = TableModel(id=str(folder), revision=None, config_hash=model_identity(str(folder)).config_hash)
     rows = [row("joy", 1, 0.1, 0.2, hook_point=name) for name in ("resid_post", "mlp_post")]
     table = table_of(rows, widths={"resid_post": 16, "mlp_post": 40}, model=model)
-    return ServiceSpec(sources=(table.save(tmp_path / "ranges"),), engine="vllm")
+    return ServiceSpec(sources=(table.save(tmp_path / "ranges"),))
 
 
 def test_arguments__name_the_tables_model_its_dtype_and_their_hook_points(spec):
@@ -51,7 +51,7 @@ def test_arguments__refuse_what_vllm_does_not_have(spec, changes, wanted):
 
 
 def test_environment__brings_sources_keys_and_plugin_over_and_keeps_the_rest():
-    spec = ServiceSpec(sources=("s3://bucket/run", "/store"), uploads="/up", engine="vllm")
+    spec = ServiceSpec(sources=("s3://bucket/run", "/store"), uploads="/up")
     found = environment(spec, "keys.txt", {"VLLM_PLUGINS": "other", "HOME": "/h"})
     assert found["NEURONLENS_SOURCES"] == "s3://bucket/run,/store"
     assert (found["NEURONLENS_UPLOADS"], found["NEURONLENS_API_KEY_FILE"]) == ("/up", "keys.txt")
