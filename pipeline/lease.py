@@ -56,11 +56,14 @@ class Lease:
             if holder is not None:
                 self._expect_dead(number, holder)
             if self.store.create_json(_path(number + 1), self._content):
-                break
+                # What was read before may be old by now: where others went on to higher numbers meanwhile, those hold.
+                if max(_numbers(self.store)) == number + 1:
+                    break
+                self.store.remove(_path(number + 1))
         self._number = number + 1
-        for name in self.store.names(FOLDER):
-            if _number(name) < self._number:
-                self.store.remove(f"{FOLDER}/{name}")
+        for lower in _numbers(self.store):
+            if lower < self._number:
+                self.store.remove(_path(lower))
         self._heart = threading.Thread(target=self._beat, daemon=True, name="neuronlens-lease")
         self._heart.start()
         return self
@@ -117,13 +120,11 @@ class Lease:
 
 def current(store: Store) -> tuple[int, dict[str, Any] | None]:
     """The highest lease of a store and what its holder says, (0, None) where nobody holds it."""
-    numbers = sorted(_number(name) for name in store.names(FOLDER))
-    if not numbers:
-        return 0, None
-    try:
-        return numbers[-1], store.read_json(_path(numbers[-1]))
-    except FileNotFoundError:
-        return 0, None
+    while numbers := _numbers(store):
+        # A file that went away since it was listed: its holder ended, or a higher number has taken over. Look again.
+        with contextlib.suppress(FileNotFoundError):
+            return max(numbers), store.read_json(_path(max(numbers)))
+    return 0, None
 
 
 def identity_of_this_process() -> dict[str, Any]:
@@ -171,5 +172,5 @@ def _path(number: int) -> str:
     return f"{FOLDER}/{number:05d}.json"
 
 
-def _number(name: str) -> int:
-    return int(name.removesuffix(".json"))
+def _numbers(store: Store) -> list[int]:
+    return [int(name.removesuffix(".json")) for name in store.names(FOLDER)]

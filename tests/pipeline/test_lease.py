@@ -1,5 +1,6 @@
 """One driver a store, whatever the clocks say, and none for ever."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -122,6 +123,50 @@ def test_lease__tells_a_driver_that_was_frozen_that_it_lost_the_store(store):
     assert store.names("leases") == ["00002.json"], "what the other holds is left alone"
 
 
+def dead_here(**changes):
+    return elsewhere(pid=2**22 - 1) | {"machine": lease_module._machine()} | changes
+
+
+class Late(Store):
+    """Sees the leases as they were: right after the first list, another driver goes on by `then`."""
+
+    def names(self, folder):
+        names = super().names(folder)
+        if then := self.__dict__.pop("then", None):
+            then()
+        return names
+
+
+def test_lease__is_not_taken_by_one_that_saw_a_dead_holder_before_another_took_over(tmp_path):
+    """The dead holder's file goes away between being listed and being read: the store is held, not free."""
+    Store(str(tmp_path)).create_json("leases/00001.json", dead_here())
+    late = Late(str(tmp_path))
+    with contextlib.ExitStack() as held:
+        late.__dict__["then"] = lambda: held.enter_context(Lease(Store(str(tmp_path)), "first"))
+        with pytest.raises(StoreHeld, match="first"), Lease(late, "late"):
+            pass
+        assert late.names("leases") == ["00002.json"]
+
+
+def test_lease__is_not_taken_under_a_lower_number_than_the_holder_has(tmp_path, monkeypatch):
+    """Whoever was slow to create its number finds the store two numbers on."""
+    store = Store(str(tmp_path))
+    store.create_json("leases/00001.json", dead_here())
+    with contextlib.ExitStack() as held:
+
+        def while_looking(holder):
+            if not store.exists("leases/00003.json"):
+                store.remove("leases/00001.json")
+                store.create_json("leases/00003.json", elsewhere(purpose="two numbers on"))
+                return False
+            return True
+
+        monkeypatch.setattr(lease_module, "is_alive_here", while_looking)
+        with pytest.raises(StoreHeld, match="two numbers on"):
+            held.enter_context(Lease(store, "slow"))
+    assert store.names("leases") == ["00003.json"]
+
+
 def _take(root, start, winners):
     start.wait()
     try:
@@ -133,9 +178,7 @@ def _take(root, start, winners):
 
 
 def test_lease__of_a_dead_driver_goes_to_one_of_those_that_race_for_it(tmp_path):
-    Store(str(tmp_path)).create_json(
-        "leases/00001.json", elsewhere(pid=2**22 - 1) | {"machine": lease_module._machine()}
-    )
+    Store(str(tmp_path)).create_json("leases/00001.json", dead_here())
     context = multiprocessing.get_context("fork")
     start, winners = context.Event(), context.Queue()
     racers = [context.Process(target=_take, args=(str(tmp_path), start, winners)) for _ in range(5)]
