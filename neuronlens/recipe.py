@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from neuronlens.errors import UsageError
+from neuronlens.recipe_files import beside, read_recipe
 
 SQL_SALIENCE_METHODS = (
     "mean_abs",
@@ -27,6 +28,8 @@ SQL_SALIENCE_METHODS = (
 """What sql/salience.sql answers, for every run."""
 SALIENCE_METHODS = (*SQL_SALIENCE_METHODS, "probe")
 """`probe` needs raw values, and is fitted when a range table asks for it."""
+RANGE_OPTIONS = {"mass": "hpd", "penalty": "likelihood_ratio", "budget": "budget"}
+"""Key of `ranges` -> the one method that it belongs to."""
 UNITS = ("last_token", "token", "mean", "cls")
 
 _BYTE_UNITS = {
@@ -96,10 +99,36 @@ class DataSection(_Section):
         return self
 
 
+class GenerationSection(_Section):
+    """Continuations of prompts, scored for their concept by a classifier."""
+
+    classifier: str
+    """A local folder or a hub id of a sequence classifier."""
+    revision: str | None = None
+    prompts: str | None = None
+    """A source of texts whose first tokens are continued; by default the test texts."""
+    n_tokens: int = Field(default=32, ge=1)
+    n_prompts: int | None = Field(default=None, ge=1)
+    prompt_tokens: int = Field(default=8, ge=1)
+    """So many first tokens of a text are the prompt."""
+    labels: dict[str, str] | None = None
+    """Concept -> the classifier's label for it; by default they have the same names."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 takes the likeliest token each time."""
+    seed: int = Field(default=0, ge=0)
+
+
 class TestSection(_Section):
     source: str
     split: str = "test"
     max_per_concept: int | None = Field(default=None, ge=1)
+    off_task: str | None = None
+    """A source of unlabelled text, on which perplexity and KL divergence are measured."""
+    off_task_texts: int = Field(default=200, ge=1)
+    """At most so many of them."""
+    multiple_choice: str | None = None
+    """A local JSONL file of questions with choices."""
+    generation: GenerationSection | None = None
 
 
 class RawNeurons(_Section):
@@ -121,9 +150,25 @@ class CollectSection(_Section):
 
 
 class RangesSection(_Section):
+    method: Literal["paper", "hpd", "likelihood_ratio", "budget"] = "paper"
     tau: float = Field(default=2.5, gt=0)
+    """Method paper: half of a range's width, in standard deviations."""
+    mass: float | None = Field(default=None, gt=0, le=1)
+    penalty: float | None = Field(default=None, gt=0)
+    budget: float | None = Field(default=None, gt=0, le=1)
     top_fraction: float = Field(default=0.3, gt=0, le=1)
     salience: Literal[SALIENCE_METHODS] = "mean_abs"  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _options_of_its_method(self) -> "RangesSection":
+        for option, method in RANGE_OPTIONS.items():
+            value = getattr(self, option)
+            if value is not None and method != self.method:
+                raise ValueError(
+                    f"{option} is {value:g}, but it belongs to the method {method}, and the method is {self.method}. "
+                    f"Set ranges.method to {method}, or drop ranges.{option}"
+                )
+        return self
 
 
 class OverlapSection(_Section):
@@ -146,6 +191,26 @@ class ComputeSection(_Section):
     """Bytes that each SQL task may use before it spills to disk; by default a share of what the machine has."""
 
 
+class FinetuneSection(_Section):
+    """How `python -m jobs.finetune` makes the model that the recipe names: model.id is then the folder it writes."""
+
+    base: str
+    """A local folder or a hub id of the model to start from."""
+    revision: str | None = None
+    epochs: float = Field(default=3, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps, whatever `epochs` says."""
+    learning_rate: float = Field(default=5e-5, gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    max_tokens: int = Field(default=256, ge=1)
+    """Longer prompts lose the end of their text."""
+    warmup_fraction: float = Field(default=0.06, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    seed: int = Field(default=0, ge=0)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What is computed in; weights are float32. `auto`: bfloat16 where the GPU can, else float32."""
+
+
 class Recipe(_Section):
     """One run, whole. `preset: paper` fills in the authors' procedure under what the recipe says itself."""
 
@@ -156,6 +221,7 @@ class Recipe(_Section):
     ranges: RangesSection = RangesSection()
     overlap: OverlapSection = OverlapSection()
     compute: ComputeSection = ComputeSection()
+    finetune: FinetuneSection | None = None
     preset: Literal["paper"] | None = None
 
 
@@ -165,7 +231,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Haider et al. 2025 (arXiv 2502.06809), sections 4 and 5: residual stream after the last block, last prompt token.
     "paper": {
         "collect": {"hook_points": ["resid_post"], "layers": [-1], "unit": "last_token"},
-        "ranges": {"tau": 2.5, "top_fraction": 0.3, "salience": "mean_abs"},
+        "ranges": {"method": "paper", "tau": 2.5, "top_fraction": 0.3, "salience": "mean_abs"},
     },
 }
 
@@ -173,24 +239,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 def load_recipe(path: str | Path, changes: Sequence[str] | None = None) -> Recipe:
     """Read a recipe file; `changes` are 'section.key=value' strings whose values are read as YAML.
 
-    Relative paths of models and data that exist beside the recipe file are taken from there.
+    Relative paths of models and data that exist beside the recipe file are taken from there; those in a file that it
+    extends, from beside that file. The folder of a model that is fine-tuned need not exist yet: it lies under the
+    working directory then.
     """
     file = Path(path)
-    try:
-        content = yaml.safe_load(file.read_text())
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"There is no recipe at {file}. Expected a YAML file; see the README for one to copy."
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} cannot be read as a recipe: {error}. Expected a YAML text file.") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}. Mend that line.") from error
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"{file} holds a {type(content).__name__}, expected sections: model, data, test, collect, ranges."
-        )
-    return _beside(parse_recipe(with_changes(content, changes), origin=str(file)), file.parent)
+    content = beside(with_changes(read_recipe(file), changes), file.parent)
+    return _with_folder(parse_recipe(content, origin=str(file)))
 
 
 def parse_recipe(content: dict[str, Any], *, origin: str = "the recipe") -> Recipe:
@@ -206,7 +261,7 @@ def parse_section(model: type[Section], content: dict[str, Any], *, origin: str)
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        faults = [_sentence(fault) for fault in _most_specific(error.errors())]
+        faults = [_sentence(fault, model) for fault in _most_specific(error.errors())]
         raise UsageError("\n  ".join([f"{origin}: {faults[0]}", *faults[1:]])) from error
 
 
@@ -246,15 +301,12 @@ def _under(content: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _beside(recipe: Recipe, folder: Path) -> Recipe:
-    def resolved(name: str) -> str:
-        beside = folder / name
-        return str(beside.resolve()) if not Path(name).is_absolute() and beside.exists() else name
-
-    model = recipe.model.model_copy(update={"id": resolved(recipe.model.id)})
-    data = recipe.data.model_copy(update={"source": resolved(recipe.data.source)})
-    test = recipe.test and recipe.test.model_copy(update={"source": resolved(recipe.test.source)})
-    return recipe.model_copy(update={"model": model, "data": data, "test": test})
+def _with_folder(recipe: Recipe) -> Recipe:
+    """A model that is fine-tuned is never a hub id: a name that is not taken here could be somebody else's there."""
+    if recipe.finetune is None:
+        return recipe
+    folder = Path(recipe.model.id).expanduser().resolve()
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": str(folder)})})
 
 
 def _most_specific(faults: list[Any]) -> list[Any]:
@@ -268,31 +320,42 @@ def _most_specific(faults: list[Any]) -> list[Any]:
     return list(by_key.values())
 
 
-def _sentence(fault: Any) -> str:
+def _sentence(fault: Any, root: type[BaseModel]) -> str:
     parts = [str(part) for part in fault["loc"] if not str(part).startswith(("literal[", "constrained-", "function-"))]
-    key = ".".join(parts)
+    whole = "a recipe" if root is Recipe else root.__name__.removesuffix("Section")
+    key, owner = ".".join(parts), ".".join(parts[:-1]) or whole
+    if parts == ["extends"]:
+        return "extends can only stand in a recipe's file: the files that it names are read with it."
     if fault["type"] == "extra_forbidden":
-        known = _known_keys(parts[:-1])
+        known = _known_keys(root, parts[:-1])
         close = difflib.get_close_matches(parts[-1], known, n=1)
         hint = f"Did you mean {close[0]}? " if close else ""
-        where = f"{'.'.join(parts[:-1])} has" if parts[:-1] else "A recipe has"
-        return f"{key} does not exist. {hint}{where} the keys {', '.join(known)}."
+        return f"{key} does not exist. {hint}The keys of {owner} are {', '.join(known)}."
     if fault["type"] == "missing":
-        return f"{key} is missing. Add it: a recipe needs model.id and data.source."
+        return f"{key} is missing. Add it: {owner} needs {' and '.join(_needed(root, parts[:-1]))}."
     message = str(fault["msg"]).removeprefix("Value error, ")
-    return (
-        f"{key} is {fault['input']!r}: {message[0].lower() + message[1:]}."
-        if fault["type"] != "value_error"
-        else f"{key}: {message}."
-    )
+    if fault["type"] == "value_error":
+        return f"{key}: {message}." if key else f"{message}."
+    return f"{key} is {fault['input']!r}: {message[0].lower() + message[1:]}."
 
 
-def _known_keys(path: list[str]) -> list[str]:
-    model: Any = Recipe
+def _known_keys(root: type[BaseModel], path: list[str]) -> list[str]:
+    return list(getattr(_section_at(root, path), "model_fields", {}))
+
+
+def _needed(root: type[BaseModel], path: list[str]) -> list[str]:
+    """The keys that a section cannot do without."""
+    fields = getattr(_section_at(root, path), "model_fields", {})
+    return [key for key, field in fields.items() if field.is_required()]
+
+
+def _section_at(root: type[BaseModel], path: list[str]) -> Any:
+    """The section at a path of keys; None where there is none."""
+    model: Any = root
     for part in path:
         annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
         if model is None:
-            return []
-    return list(model.model_fields)
+            return None
+    return model

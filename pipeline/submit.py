@@ -2,13 +2,13 @@
 
     neuronlens submit recipe.yaml --address http://head:8265 --store s3://bucket/run --wait
 
-The cluster's image must have neuronlens; the recipe travels with the job, and with --working-dir what lies beside it.
+The cluster's image must have neuronlens; the recipe travels with the job, with all that it extends, and with
+--working-dir what lies beside it.
 """
 
 import asyncio
 import os
 import shlex
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +19,10 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import yaml
+
 from neuronlens.errors import RunFailed, UsageError
+from neuronlens.recipe_files import read_recipe, recipe_files
 
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
 ANSWER_SECONDS = 10.0
@@ -46,10 +49,11 @@ def submit_run(
     with ExitStack() as stack:
         if working_dir is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="neuronlens-job-")))
-            shutil.copy(recipe, folder / recipe.name)
+            whole = yaml.safe_dump(read_recipe(recipe), sort_keys=False, allow_unicode=True)
+            (folder / recipe.name).write_text(whole, encoding="utf-8")
             name = recipe.name
         else:
-            folder, name = working_dir, _within(recipe, working_dir)
+            folder, name = working_dir, [_within(file, working_dir) for file in recipe_files(recipe)][-1]
         command = ["python", "-m", "neuronlens", "run", name, "--store", store, *flags, "--json"]
         for change in changes:
             command += ["--set", change]

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from neuronlens.errors import UsageError
 from neuronlens.store import Store
@@ -303,6 +304,29 @@ def test_submit_run__refuses_a_recipe_that_would_not_travel(tmp_path):
         submit_run(
             "http://127.0.0.1:1", tmp_path / "recipe.yaml", store="s3://bucket/run", working_dir=tmp_path / "job"
         )
+
+
+def test_submit_run__refuses_what_a_recipe_extends_where_it_would_not_travel(tmp_path):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "part.yaml").write_text("{}")
+    (tmp_path / "job" / "recipe.yaml").write_text("extends: ../part.yaml")
+    with pytest.raises(UsageError, match=r"part\.yaml does not lie in --working-dir .*job"):
+        submit_run("http://x", tmp_path / "job" / "recipe.yaml", store="s3://b/run", working_dir=tmp_path / "job")
+
+
+def test_submit_run__sends_a_recipe_with_all_that_it_extends(tmp_path, monkeypatch):
+    (tmp_path / "part.yaml").write_text("data: {source: hub/data, text: content}")
+    (tmp_path / "recipe.yaml").write_text("{extends: part.yaml, model: {id: hub/model}, data: {text: text}}")
+    sent = {}
+
+    class Client:
+        def submit_job(self, *, entrypoint, runtime_env, metadata):
+            sent.update(yaml.safe_load((Path(runtime_env["working_dir"]) / "recipe.yaml").read_text()))
+            return "job-1"
+
+    monkeypatch.setattr("pipeline.submit.client", lambda address: Client())
+    assert submit_run("http://x", tmp_path / "recipe.yaml", store="s3://b/run") == "job-1"
+    assert sent == {"model": {"id": "hub/model"}, "data": {"source": "hub/data", "text": "text"}}
 
 
 @pytest.mark.parametrize("address", ["auto", "ray://head:10001", "ftp://head"])
