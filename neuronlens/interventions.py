@@ -153,8 +153,8 @@ def _checkpoint_folder(module: nn.Module) -> Path | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Rule:
-    """One rule's tensors [N] on a device; `replace` gives the replacement of every value of x_BTN."""
+class _Row:
+    """One row's tensors [N] on a device; `replace` gives the replacement of every value of x_BTN."""
 
     lower_N: Tensor
     upper_N: Tensor
@@ -168,7 +168,7 @@ class _SiteRunner:
         self.site = site
         self._named_N = torch.from_numpy(site.named_N)
         self._n_named = int(site.named_N.sum())
-        self._rules: list[_Rule] = []
+        self._rows: list[_Row] = []
         self._made_for: tuple[torch.device, torch.dtype] | None = None
         self._counts: Tensor | None = None
 
@@ -179,17 +179,17 @@ class _SiteRunner:
         return tested, changed
 
     def run(self, x_BTN: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """x_BTN with the values inside a rule's range replaced."""
+        """x_BTN with the values inside a row's bounds replaced."""
         if self._made_for != (x_BTN.device, x_BTN.dtype):
             self._make(x_BTN.device, x_BTN.dtype)
         out_BTN = x_BTN
         inside_any = None
-        # From the last rule to the first, always on the original x: the first one has the last word.
-        for rule in reversed(self._rules):
-            inside = (x_BTN >= rule.lower_N) & (x_BTN <= rule.upper_N)
-            out_BTN = torch.where(inside, rule.replace(x_BTN), out_BTN)
+        # From the last row to the first, always on the original x: the first one has the last word.
+        for row in reversed(self._rows):
+            inside = (x_BTN >= row.lower_N) & (x_BTN <= row.upper_N)
+            out_BTN = torch.where(inside, row.replace(x_BTN), out_BTN)
             inside_any = inside if inside_any is None else inside_any | inside
-        assert inside_any is not None, "a site of a program has one rule at least"
+        assert inside_any is not None, "a site of a program has one row at least"
         self._count(x_BTN.detach(), inside_any, mask_BT)
         return out_BTN
 
@@ -222,7 +222,7 @@ class _SiteRunner:
         def tensor(array_N: Any, dtype: torch.dtype) -> Tensor:
             return torch.from_numpy(array_N).to(dtype).to(device)
 
-        self._rules = []
+        self._rows = []
         for r in range(len(site.lower_RN)):
             a_N, b_N = tensor(site.a_RN[r], exact), tensor(site.b_RN[r], exact)
             if constant_R[r]:
@@ -232,7 +232,7 @@ class _SiteRunner:
             else:
                 replace = _adaptive(a_N, b_N, tensor(site.g_RN[r], exact), tensor(site.centre_RN[r], exact), dtype)
             lower_N, upper_N = tensor(site.lower_RN[r], dtype), tensor(site.upper_RN[r], dtype)
-            self._rules.append(_Rule(lower_N=lower_N, upper_N=upper_N, replace=replace))
+            self._rows.append(_Row(lower_N=lower_N, upper_N=upper_N, replace=replace))
         self._named_N = self._named_N.to(device)
         earlier = self.counts()
         self._counts = torch.tensor(earlier, dtype=torch.int64, device=device)

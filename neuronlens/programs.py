@@ -3,8 +3,9 @@
     program = Program.compile(table, [Rule(concept="joy", action="dampen", factor=0.5)])
 
 A rule looks at the value that the model computed. Where rules overlap, the FIRST rule in the given order whose range
-contains the value decides, and no later rule sees the replacement. A program holds plain numpy arrays in float64; a
-backend (`neuronlens.interventions`, or vLLM) rounds the bounds to its activations' dtype and runs the same arithmetic.
+contains the value decides, and no later rule sees the replacement. A range may be a union of pieces that share no
+value; the rule then has as many rows in the arrays. A program holds plain numpy arrays in float64; a backend
+(`neuronlens.interventions`, or vLLM) rounds the bounds to its activations' dtype and runs the same arithmetic.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from neuronlens.errors import UsageError
 from neuronlens.ranges import RangeTable
 
-Action = Literal["zero", "mean", "dampen", "adaptive", "set"]
+Action = Literal["zero", "mean", "dampen", "adaptive", "set", "soften"]
 
 ADAPTIVE_FACTOR = 0.125
 """The factor of the paper's dampening."""
@@ -32,10 +33,13 @@ class Edit(BaseModel):
     """What a rule does, and where, for whichever concept.
 
     Inside the range, x becomes: zero: 0; mean: the concept's mean; set: `value`; dampen: `factor` * x; adaptive:
-    x * `factor` * |x - centre| / half width, which spares values at the edge and is 0 at the centre.
+    x * `factor` * |x - centre| / half width, which spares values at the edge and is 0 at the centre; soften:
+    x * (1 - posterior), the probability that the value is not the concept's. Of a range with pieces, adaptive takes
+    the centre and half width of the piece that holds x, soften its posterior.
 
     layers and hook_points: None means all of the table's. tau: None means the table's own bounds, a number means
-    mean -+ tau * std, inf means every value of the neuron. top_fraction: None means all of the table's neurons.
+    mean -+ tau * std whatever the pieces, inf means every value of the neuron. top_fraction: None means all of the
+    table's neurons.
     """
 
     # inf must survive JSON: as null it would mean the table's own tau.
@@ -64,6 +68,11 @@ class Edit(BaseModel):
         if self.action == "adaptive" and self.tau == math.inf:
             raise ValueError(
                 "action adaptive divides by half the range's width, and with tau inf there is none; use dampen"
+            )
+        if self.action == "soften" and self.tau is not None:
+            raise ValueError(
+                f"action soften multiplies by 1 - the posterior of the table's own ranges, and tau {self.tau:g} makes "
+                "others, which have none; leave tau out, or use dampen"
             )
         for name in ("layers", "hook_points"):
             if getattr(self, name) == ():
@@ -114,13 +123,15 @@ class Rule(Edit):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SiteProgram:
-    """What happens at one (hook point, layer): R rules name neurons there, of N. Arrays [R, N] are float64.
+    """What happens at one (hook point, layer) with N neurons: R rows, one for each piece of each rule that names
+    neurons there. Arrays [R, N] are float64.
 
-    rule_R says which of the program's rules each row is, ascending.
-    x is inside rule r where lower_RN <= x <= upper_RN, which NaN never is; a neuron that the rule does not name has the
-    bounds (inf, -inf), so nothing is inside. Inside, x becomes x * (a_RN + g_RN * |x - centre_RN|) + b_RN. Rules with
-    constant_R replace x by b_RN alone (their a and g are 0), so that an infinite x cannot become NaN. g_RN and
-    centre_RN are None where no rule is adaptive.
+    rule_R says which of the program's rules a row belongs to, in the rules' order; the k-th row of a rule has the k-th
+    piece of every neuron that has so many, and where ranges are single intervals each rule has one row.
+    x is inside row r where lower_RN <= x <= upper_RN, which NaN never is; a neuron that the row does not name has the
+    bounds (inf, -inf), so nothing is inside. Inside, x becomes x * (a_RN + g_RN * |x - centre_RN|) + b_RN, by the first
+    row that it is inside of. Rows with constant_R replace x by b_RN alone (their a and g are 0), so that an infinite x
+    cannot become NaN. g_RN and centre_RN are None where no rule is adaptive.
     """
 
     hook_point: str
@@ -139,7 +150,7 @@ class SiteProgram:
 
     @property
     def constant_R(self) -> np.ndarray:
-        """bool [R]: True where the rule's replacement does not depend on x."""
+        """bool [R]: True where the row's replacement does not depend on x."""
         slope_RN = np.abs(self.a_RN) if self.g_RN is None else np.abs(self.a_RN) + np.abs(self.g_RN)
         return slope_RN.max(axis=1) == 0
 
@@ -206,8 +217,9 @@ def first_conflict(program: Program) -> Conflict | None:
     """Where two rules disagree over a value, and so their order decides; None where no value is in two ranges."""
     for site in program.sites:
         for late in range(1, len(site.rule_R)):
-            lower_EN = np.maximum(site.lower_RN[:late], site.lower_RN[late])
-            shared_EN = lower_EN <= np.minimum(site.upper_RN[:late], site.upper_RN[late])
+            n_early = int(np.searchsorted(site.rule_R, site.rule_R[late]))  # without the rule's own pieces
+            lower_EN = np.maximum(site.lower_RN[:n_early], site.lower_RN[late])
+            shared_EN = lower_EN <= np.minimum(site.upper_RN[:n_early], site.upper_RN[late])
             if shared_EN.any():
                 early, neuron = np.argwhere(shared_EN)[0].tolist()
                 first, second = int(site.rule_R[early]), int(site.rule_R[late])
@@ -216,7 +228,12 @@ def first_conflict(program: Program) -> Conflict | None:
 
 
 def _compile_rule(table: RangeTable, rule: Rule, place: int) -> list[SiteProgram]:
-    """The arrays [1, N] of one rule, the program's number `place`, at every site where it names a neuron."""
+    """The arrays [pieces, N] of one rule, the program's number `place`, at every site where it names a neuron."""
+    if rule.action == "soften" and not table.has_pieces:
+        raise UsageError(
+            f"Action soften multiplies by 1 - the posterior of each range, and range table {table.id} has none: its "
+            "method is paper. Make one that has: neuronlens ranges STORE --method likelihood_ratio"
+        )
     rows = table.select(
         rule.concept,
         hook_points=rule.hook_points,
@@ -224,6 +241,8 @@ def _compile_rule(table: RangeTable, rule: Rule, place: int) -> list[SiteProgram
         neurons=rule.neurons,
         top_fraction=rule.top_fraction,
     )
+    if table.has_pieces and rule.tau is not None:
+        rows = rows.filter(pc.equal(rows["piece"], 0))  # mean -+ tau * std is one range, in place of all pieces
     parts = []
     for hook_point in sorted(pc.unique(rows["hook_point"]).to_pylist()):
         at_hook_point = rows.filter(pc.equal(rows["hook_point"], hook_point))
@@ -240,11 +259,13 @@ def _compile_rule(table: RangeTable, rule: Rule, place: int) -> list[SiteProgram
 
 def _compile_site(rule: Rule, place: int, hook_point: str, layer: int, width: int, rows: pa.Table) -> SiteProgram:
     neuron = rows["neuron"].to_numpy()
+    piece = rows["piece"].to_numpy() if "piece" in rows.column_names else np.zeros(len(neuron), np.int16)
+    n_pieces = int(piece.max()) + 1
 
     def spread(values: np.ndarray | float, elsewhere: float = 0.0) -> np.ndarray:
-        row_1N = np.full((1, width), elsewhere)
-        row_1N[0, neuron] = values
-        return row_1N
+        row_RN = np.full((n_pieces, width), elsewhere)
+        row_RN[piece, neuron] = values
+        return row_RN
 
     lower, upper = _bounds(rule, rows)
     a, b = _affine(rule, rows)
@@ -252,7 +273,7 @@ def _compile_site(rule: Rule, place: int, hook_point: str, layer: int, width: in
     return SiteProgram(
         hook_point=hook_point,
         layer=layer,
-        rule_R=np.array([place]),
+        rule_R=np.full(n_pieces, place),
         lower_RN=spread(lower, np.inf),
         upper_RN=spread(upper, -np.inf),
         a_RN=spread(a),
@@ -263,7 +284,7 @@ def _compile_site(rule: Rule, place: int, hook_point: str, layer: int, width: in
 
 
 def _bounds(rule: Rule, rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """The range of each row's neuron under this rule."""
+    """The interval of each row under this rule."""
     if rule.tau is None:
         return rows["lower"].to_numpy(), rows["upper"].to_numpy()
     # inf * 0 is NaN: a constant neuron too is taken whole.
@@ -272,8 +293,10 @@ def _bounds(rule: Rule, rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return mean - reach, mean + reach
 
 
-def _affine(rule: Rule, rows: pa.Table) -> tuple[float, np.ndarray | float]:
+def _affine(rule: Rule, rows: pa.Table) -> tuple[np.ndarray | float, np.ndarray | float]:
     """a and b of each row's replacement a * x + b."""
+    if rule.action == "soften":
+        return 1 - rows["posterior"].to_numpy(), 0.0
     if rule.action == "dampen" and rule.factor is not None:
         return rule.factor, 0.0
     if rule.action == "set" and rule.value is not None:

@@ -1,8 +1,9 @@
 """Range tables: which values of which neurons belong to a concept. Immutable, and named by what is in them.
 
 A table holds the salient neurons of every concept at every (hook point, layer), each with its moments and its range
-[lower, upper]. It stands alone: the moments let a request choose another tau, the ranks let it choose a smaller
-top_fraction, and the header says for which model the numbers hold. docs/store-format.md, `ranges`, is normative.
+[lower, upper]; by any other method than the paper's, the range is a union of such intervals, its pieces, with a row
+each. It stands alone: the moments let a request choose another tau, the ranks let it choose a smaller top_fraction, and
+the header says for which model the numbers hold. docs/store-format.md, `ranges`, is normative.
 """
 
 import hashlib
@@ -23,12 +24,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.retry import retried
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest. Tables of method paper are of format 1, whichever version makes them, and so keep their ids."""
+PAPER = "paper"
+"""The method of the paper: one interval a neuron, mean -+ tau * std."""
 
 SCHEMA = pa.schema(
     [
@@ -46,11 +50,20 @@ SCHEMA = pa.schema(
         pa.field("upper", pa.float64(), nullable=False),
     ]
 )
-"""The columns of a range table, in order. Rows are sorted by ROW_ORDER."""
+"""The columns of a range table of method paper, in order. Rows are sorted by ROW_ORDER."""
+
+PIECES_SCHEMA = pa.schema(
+    [*SCHEMA, pa.field("piece", pa.int16(), nullable=False), pa.field("posterior", pa.float64(), nullable=False)]
+)
+"""The columns of any other table: `piece` counts the intervals of one neuron from 0, ascending; `posterior` is the
+probability of the concept given that the neuron's value lies in the piece. The other columns but the bounds are the
+same for all pieces of a neuron. Rows are sorted by ROW_ORDER, then piece."""
 
 ROW_ORDER = ("hook_point", "layer", "concept", "rank", "neuron")
 """Strings by their code points, so that a layer lies together and within it a concept, most salient neuron first."""
 
+_OF_THE_NEURON = ("n", "mean", "std", "mean_abs", "salience")
+"""What the pieces of a neuron have in common, besides its place and rank."""
 
 _N_LISTED = 40
 """So many names an error lists."""
@@ -67,12 +80,20 @@ class TableModel(BaseModel):
 
 
 class TableHeader(BaseModel):
-    """What table.json says: see docs/store-format.md. `widths` is the number of neurons of each hook point."""
+    """What table.json says: see docs/store-format.md. `widths` is the number of neurons of each hook point.
+
+    `method` says how the ranges were chosen, with which `options`. Neither is written for method paper, which has no
+    options: its tables are of format 1, from before there were others.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(pattern=r"^tbl_[0-9a-f]{16}$")
-    format_version: int = Field(default=FORMAT_VERSION, ge=1)
+    format_version: int = Field(default=1, ge=1, le=FORMAT_VERSION)
+    method: str = Field(default=PAPER, pattern=r"^[a-z][a-z0-9_]{0,63}$", exclude_if=lambda method: method == PAPER)
+    options: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+        default_factory=dict, exclude_if=lambda options: not options
+    )
     tau: float = Field(gt=0, allow_inf_nan=False)
     top_fraction: float = Field(gt=0, le=1)
     salience: str
@@ -83,6 +104,27 @@ class TableHeader(BaseModel):
     coverage: dict[str, Any]
     rows: int = Field(ge=0)
     created_with: dict[str, str]
+
+    @model_validator(mode="after")
+    def _format_fits_the_method(self) -> "TableHeader":
+        expected = _format_of(self.method)
+        if self.format_version != expected:
+            raise ValueError(
+                f"format_version is {self.format_version}, and a table of method {self.method} has {expected}"
+            )
+        if self.method == PAPER and self.options:
+            raise ValueError(f"method {PAPER} has no options, found {', '.join(self.options)}")
+        return self
+
+    @field_validator("options")
+    @classmethod
+    def _sorted(cls, options: dict[str, float]) -> dict[str, float]:
+        return dict(sorted(options.items()))
+
+    @property
+    def schema_of_rows(self) -> pa.Schema:
+        """The columns of ranges.parquet."""
+        return SCHEMA if self.method == PAPER else PIECES_SCHEMA
 
     def content(self) -> dict[str, Any]:
         """The keys that decide the content and so the id: not the id itself, the package versions or the model's name.
@@ -96,7 +138,7 @@ class TableHeader(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RangeTable:
-    """A header and its rows (an Arrow table of SCHEMA, in ROW_ORDER). Build one with `make` or `load`."""
+    """A header and its rows (an Arrow table of its columns, in ROW_ORDER). Build one with `make` or `load`."""
 
     header: TableHeader
     rows: pa.Table
@@ -115,16 +157,22 @@ class RangeTable:
         widths: Mapping[str, int],
         coverage: Mapping[str, Any] | None = None,
         created_with: Mapping[str, str] | None = None,
+        method: str = PAPER,
+        options: Mapping[str, float] | None = None,
     ) -> "RangeTable":
-        """The table of these rows, in any order and with any Arrow encoding of the columns of SCHEMA.
+        """The table of these rows, in any order and with any Arrow encoding of the columns of SCHEMA, or of
+        PIECES_SCHEMA where the method is another than paper.
 
         The id depends on the content alone: the same rows and header give the same id on every machine. Raises
         UsageError where a column is missing or a row cannot be right (a bound that is NaN, a neuron beyond the width,
-        a neuron twice).
+        a neuron twice, pieces that overlap).
         """
         try:
             draft = TableHeader(
                 id=f"tbl_{'0' * 16}",
+                format_version=_format_of(method),
+                method=method,
+                options=dict(options or {}),
                 tau=tau,
                 top_fraction=top_fraction,
                 salience=salience,
@@ -138,7 +186,7 @@ class RangeTable:
             )
         except ValidationError as error:
             raise UsageError(f"The header of a range table is not right: {_first_fault(error)}.") from error
-        canonical_rows = _canonical(rows)
+        canonical_rows = _canonical(rows, draft.schema_of_rows)
         _check_rows(canonical_rows, draft.widths)
         header = draft.model_copy(update={"id": content_id(draft.content(), canonical_rows)})
         return cls(header=header, rows=canonical_rows)
@@ -149,7 +197,7 @@ class RangeTable:
         not belong together: the header's id is not that of the content, or a row cannot be right."""
         if header.rows != rows.num_rows:
             raise UsageError(f"table.json says {header.rows} rows, there are {rows.num_rows}")
-        canonical_rows = _canonical(rows)
+        canonical_rows = _canonical(rows, header.schema_of_rows)
         _check_rows(canonical_rows, header.widths)
         try:
             found = content_id(header.content(), canonical_rows)
@@ -162,6 +210,11 @@ class RangeTable:
     @property
     def id(self) -> str:
         return self.header.id
+
+    @property
+    def has_pieces(self) -> bool:
+        """Whether the rows are of PIECES_SCHEMA: a neuron may have several, each with a posterior."""
+        return self.header.method != PAPER
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -297,7 +350,7 @@ def salient_count(top_fraction: float, width: int) -> int:
 
 
 def content_id(content: Mapping[str, Any], rows: pa.Table) -> str:
-    """`tbl_` + 16 hex digits of the SHA-256 over the header's content and the rows (of SCHEMA, in ROW_ORDER).
+    """`tbl_` + 16 hex digits of the SHA-256 over the header's content and the rows (canonical, so in ROW_ORDER).
 
     What is hashed, so that it can be made again without this code or Arrow: the header as JSON with sorted keys, no
     spaces and ASCII escapes, and a newline; then for each column `name:type` and a newline, and its values as
@@ -305,7 +358,7 @@ def content_id(content: Mapping[str, Any], rows: pa.Table) -> str:
     index in that list as int32.
     """
     digest = hashlib.sha256(_json(content))
-    for field in SCHEMA:
+    for field in rows.schema:
         digest.update(f"{field.name}:{field.type}\n".encode())
         if pa.types.is_string(field.type):
             names, codes = _encoded(rows[field.name])
@@ -335,24 +388,28 @@ def _encoded(column: pa.ChunkedArray) -> tuple[list[str], np.ndarray]:
     return names, np.array([place[name] for name in found], dtype=np.int64)[encoded.indices.to_numpy()]
 
 
-def check_columns(names: Sequence[str]) -> None:
-    """Raise UsageError where these are not the columns of a range table, each once and in any order."""
-    missing = [name for name in SCHEMA.names if name not in names]
-    surplus = [name for name in names if name not in SCHEMA.names]
-    repeated = [name for name in SCHEMA.names if names.count(name) > 1]
+def _format_of(method: str) -> int:
+    return 1 if method == PAPER else 2
+
+
+def check_columns(names: Sequence[str], schema: pa.Schema) -> None:
+    """Raise UsageError where these are not the columns of a range table of this schema, each once and in any order."""
+    missing = [name for name in schema.names if name not in names]
+    surplus = [name for name in names if name not in schema.names]
+    repeated = [name for name in schema.names if names.count(name) > 1]
     if missing or surplus or repeated:
         raise UsageError(
-            f"The columns of a range table are {', '.join(SCHEMA.names)}. Missing: {', '.join(missing) or 'none'}; not "
+            f"This range table has the columns {', '.join(schema.names)}. Missing: {', '.join(missing) or 'none'}; not "
             f"among them: {', '.join(surplus)[:200] or 'none'}{'; there twice: ' if repeated else ''}"
             f"{', '.join(repeated)}."
         )
 
 
-def _canonical(rows: pa.Table) -> pa.Table:
-    """The rows with the columns and types of SCHEMA, in ROW_ORDER, and with no negative zero."""
-    check_columns(rows.column_names)
+def _canonical(rows: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The rows with these columns and types, in ROW_ORDER, and with no negative zero."""
+    check_columns(rows.column_names, schema)
     columns = []
-    for field in SCHEMA:
+    for field in schema:
         if rows[field.name].null_count:
             raise UsageError(f"{rows[field.name].null_count} rows of the range table have no {field.name}; expected 0.")
         try:
@@ -361,19 +418,20 @@ def _canonical(rows: pa.Table) -> pa.Table:
             raise UsageError(f"The column {field.name} cannot be read as {field.type}: {error}.") from error
         # 0 + -0 is 0: the two compare equal, so they may not give two ids.
         columns.append(pc.add(column, 0.0) if pa.types.is_floating(field.type) else column)
-    table = pa.table(columns, schema=SCHEMA)
-    return table.sort_by([(name, "ascending") for name in ROW_ORDER]).combine_chunks()
+    table = pa.table(columns, schema=schema)
+    order = [(name, "ascending") for name in (*ROW_ORDER, "piece") if name in schema.names]
+    return table.sort_by(order).combine_chunks()
 
 
 def _check_rows(rows: pa.Table, widths: Mapping[str, int]) -> None:
-    """Raise UsageError for rows (of SCHEMA) that no statistics can give."""
+    """Raise UsageError for rows (canonical) that no statistics can give."""
     if rows.num_rows == 0:
         raise UsageError("A range table needs at least one row, none was given. Has any concept statistics?")
     hook_points, hook_codes = _encoded(rows["hook_point"])
     unknown = [name for name in hook_points if name not in widths]
     if unknown:
         raise UsageError(f"No width is given for the hook points {', '.join(unknown)}; widths has {', '.join(widths)}.")
-    number = {name: rows[name].to_numpy() for name in SCHEMA.names if name not in ("hook_point", "concept")}
+    number = {name: rows[name].to_numpy() for name in rows.column_names if name not in ("hook_point", "concept")}
     width_of_row = np.array([widths[name] for name in hook_points])[hook_codes]
     outside = (number["neuron"] < 0) | (number["neuron"] >= width_of_row)
     _refuse(number, outside, "neuron", f"0 or more and below the width, {dict(widths)}")
@@ -388,17 +446,45 @@ def _check_rows(rows: pa.Table, widths: Mapping[str, int]) -> None:
     _refuse(number, number["upper"] == -np.inf, "upper", "above minus infinity")
 
     _, concept_codes = _encoded(rows["concept"])
-    starts = np.zeros(rows.num_rows, dtype=np.int64)
-    for column in (hook_codes, number["layer"], concept_codes):
-        starts[1:] |= column[1:] != column[:-1]
-    # Rows of one group lie together (ROW_ORDER). np.sort takes a fiftieth of the time of np.unique, which hashes.
-    named = np.sort(np.cumsum(starts) * max(widths.values()) + number["neuron"])
+    # Rows of one group lie together (ROW_ORDER), and within it those of one neuron.
+    is_first_of_group = _is_first(hook_codes, number["layer"], concept_codes)
+    named = np.cumsum(is_first_of_group) * max(widths.values()) + number["neuron"]
+    if "piece" in number:
+        is_first_piece = is_first_of_group | _is_first(number["rank"], number["neuron"])
+        _check_pieces(number, is_first_piece)
+        named = named[is_first_piece]
+    # np.sort takes a fiftieth of the time of np.unique, which hashes.
+    named = np.sort(named)
     n_repeated = int((named[1:] == named[:-1]).sum())
     if n_repeated:
         raise UsageError(
-            f"{n_repeated} rows name a neuron that their hook point, layer and concept already has; expected one range "
-            "a neuron."
+            f"{n_repeated} rows name a neuron that their hook point, layer and concept already has; expected one rank "
+            "and range a neuron."
         )
+
+
+def _check_pieces(number: Mapping[str, np.ndarray], is_first_piece: np.ndarray) -> None:
+    """Raise UsageError for pieces of a neuron that do not make one range. is_first_piece: where a neuron begins."""
+    place = np.arange(len(is_first_piece))
+    first_place = np.maximum.accumulate(np.where(is_first_piece, place, 0))
+    _refuse(number, number["piece"] != place - first_place, "piece", "0, 1 and so on within each neuron and rank")
+    for name in _OF_THE_NEURON:
+        differs = _is_first(number[name]) & ~is_first_piece
+        _refuse(number, differs, name, "what the neuron's other pieces have")
+    touches = np.zeros(len(place), dtype=bool)
+    touches[1:] = number["lower"][1:] <= number["upper"][:-1]
+    _refuse(number, touches & ~is_first_piece, "lower", "above the upper bound of the neuron's piece before it")
+    is_probability = (number["posterior"] >= 0) & (number["posterior"] <= 1)
+    _refuse(number, ~is_probability, "posterior", "0 to 1")
+
+
+def _is_first(*columns: np.ndarray) -> np.ndarray:
+    """bool: where a row differs from the one before it, and in the first row."""
+    is_first = np.zeros(len(columns[0]), dtype=bool)
+    is_first[0] = True
+    for column in columns:
+        is_first[1:] |= column[1:] != column[:-1]
+    return is_first
 
 
 def _refuse(number: Mapping[str, np.ndarray], wrong: np.ndarray, column: str, expected: str) -> None:

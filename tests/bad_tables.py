@@ -202,7 +202,7 @@ BAD: dict[str, tuple[Callable[[], tuple[bytes, bytes]], int, str]] = {
         f"table.json says {GOOD.id}, but the content",
     ),
     "an id that is a path": (lambda: (header(id="../../../etc/x"), GOOD_PARQUET), 400, "no table.json: id"),
-    "a later format": (lambda: (header(format_version=2), GOOD_PARQUET), 400, "format version 2"),
+    "a later format": (lambda: (header(format_version=3), GOOD_PARQUET), 400, "format version 3"),
     "a format before the first": (lambda: (header(format_version=0), GOOD_PARQUET), 400, "format_version"),
     "a header of half a JSON": (lambda: (GOOD_JSON[:50], GOOD_PARQUET), 400, "no table.json"),
     "a header that is a list": (lambda: (b"[1]", GOOD_PARQUET), 400, "no table.json"),

@@ -110,7 +110,7 @@ def _read_rows(header: "TableHeader", content: bytes, max_rows: int) -> "pa.Tabl
         _check_count(n_rows, "its Parquet footer says", max_rows)
         if n_rows != header.rows:
             raise Refused(f"table.json says {header.rows} rows, the Parquet file has {n_rows}.")
-        _check_types(parquet.schema_arrow)
+        _check_types(parquet.schema_arrow, header.schema_of_rows)
         # As dictionaries, names take no memory for each row that bears them.
         names = ["hook_point", "concept"]
         parquet = pq.ParquetFile(pa.BufferReader(content), metadata=parquet.metadata, read_dictionary=names)
@@ -139,17 +139,17 @@ def _check_count(n_rows: int, said_by: str, max_rows: int) -> None:
         )
 
 
-def _check_types(found: "pa.Schema") -> None:
-    """Raise Refused for other columns than the format's, or of another kind: a number is not read from a text, nor a
+def _check_types(found: "pa.Schema", expected: "pa.Schema") -> None:
+    """Raise Refused for other columns than expected, or of another kind: a number is not read from a text, nor a
     text from a list."""
     from neuronlens.errors import UsageError
-    from neuronlens.ranges import SCHEMA, check_columns
+    from neuronlens.ranges import check_columns
 
     try:
-        check_columns(found.names)
+        check_columns(found.names, expected)
     except UsageError as error:
         raise Refused(str(error)) from error
-    for field in SCHEMA:
+    for field in expected:
         kind = _kind(found.field(field.name).type)
         if kind != _kind(field.type):
             raise Refused(f"The column {field.name} is of type {kind}; expected {field.type}.")

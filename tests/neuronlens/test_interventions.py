@@ -20,7 +20,7 @@ from neuronlens.models import LoadedModel, load_model
 from neuronlens.programs import Rule
 from neuronlens.ranges import RangeTable, TableModel
 from tests.by_hand import HIDDEN, ZeroInside
-from tests.range_tables import row, table_of
+from tests.range_tables import apply_by_hand, pieces, random_pieces, row, table_of
 from tests.tiny_models import D_MLP, D_MODEL, save_tiny, tiny_model, tiny_tokenizer
 
 INF, NAN = math.inf, math.nan
@@ -62,6 +62,14 @@ def of_neuron_0(
     x_BTN = torch.zeros(1, len(values), WIDTH, dtype=dtype)
     x_BTN[0, :, 0] = torch.tensor(values, dtype=dtype)
     return run(table, rules, x_BTN)[0][0, :, 0].tolist()
+
+
+RULES_ON_PIECES: list[list[dict[str, Any]]] = [
+    [{"concept": "joy", "action": "soften"}],
+    [{"concept": "anger"}],
+    [{"concept": "joy", "action": "adaptive", "factor": 0.5}, {"concept": "anger", "action": "soften"}],
+    [{"concept": "anger", "action": "mean", "tau": 1.5}, {"concept": "joy", "action": "dampen", "factor": 0.5}],
+]
 
 
 JOY = row("joy", 0, 1.0, 0.4)  # the range is [0, 2]
@@ -332,3 +340,33 @@ def test_package__gives_the_function_whatever_was_imported_before(statement: str
     code = f"{statement}; assert intervene.__name__ == 'intervene' and not hasattr(intervene, '__path__'); print('ok')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "ok\n", done.stderr
+
+
+def test_intervene__softens_each_piece_by_its_own_posterior() -> None:
+    rows = pieces("joy", 0, [(-1.0, -0.5, 0.75), (0.5, 1.0, 0.5)], hook_point="resid_post")
+    table = table_of(rows, widths={"resid_post": WIDTH}, method="likelihood_ratio")
+    values = [-1.5, -1.0, -0.75, -0.25, 0.5, 0.75, 1.5]
+    softened = of_neuron_0(table, [{"concept": "joy", "action": "soften"}], values)
+    assert softened == [-1.5, -0.25, -0.1875, -0.25, 0.25, 0.375, 1.5]
+    assert of_neuron_0(table, [{"concept": "joy"}], values) == [-1.5, 0, 0, -0.25, 0, 0, 1.5]
+    x_BTN = torch.tensor([[[0.75, 0.75, 0, 0], [-0.75, 0, 0, 0], [0, 0, 0, 0]]])
+    assert run(table, [{"concept": "joy", "action": "soften"}], x_BTN)[1:] == (3, 2)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_intervene__replaces_inside_any_piece_what_the_rules_say(seed: int) -> None:
+    width = 23
+    rows = random_pieces(seed, width=width, concepts=("joy", "anger"), hook_point="resid_post")
+    rows = [r if r["concept"] == "joy" else {**r, "mean": -r["mean"]} for r in rows]
+    table = table_of(rows, widths={"resid_post": width}, method="hpd", top_fraction=1.0)
+    rules = RULES_ON_PIECES[seed % len(RULES_ON_PIECES)]
+    x_BTN = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 6, width))).float()
+    model = Toy(width)
+    with intervene(model, table, rules, overrides=TOY) as applied:
+        out_BTN = model(x_BTN)
+    expected = [apply_by_hand(rows, rules, x_N) for x_N in x_BTN.reshape(-1, width).numpy()]
+    np.testing.assert_allclose(
+        out_BTN.reshape(-1, width).numpy(), [x_N for x_N, _, _ in expected], rtol=2e-6, atol=1e-6
+    )
+    assert applied.tested == sum(tested for _, tested, _ in expected)
+    assert applied.changed == sum(sum(changed) for _, _, changed in expected)

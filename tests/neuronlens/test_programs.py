@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from neuronlens.errors import UsageError
-from neuronlens.programs import Edit, Program, Rule
+from neuronlens.programs import Edit, Program, Rule, first_conflict
 from neuronlens.ranges import RangeTable
-from tests.range_tables import row, table_of
+from tests.range_tables import pieces, row, table_of
 
 INF = math.inf
 
@@ -108,6 +108,55 @@ def test_compile__stacks_rules_in_the_order_given(table: RangeTable) -> None:
     assert [len(site.lower_RN) for site in program.sites] == [3, 2, 2]
 
 
+@pytest.fixture
+def with_pieces() -> RangeTable:
+    rows = [
+        *pieces("joy", 2, [(-1.0, -0.5, 0.75), (0.25, 0.5, 0.5)]),
+        *pieces("joy", 0, [(0.0, 2.0, 1.0)], mean=1.0, rank=2),
+        *pieces("anger", 2, [(-4.0, -3.0, 0.25), (-2.0, -1.5, 0.25), (3.0, 4.0, 0.25)]),
+    ]
+    return table_of(rows, method="likelihood_ratio")
+
+
+def test_compile__gives_every_piece_of_a_rule_its_row(with_pieces: RangeTable) -> None:
+    program = Program.compile(with_pieces, [{"concept": "joy", "action": "soften"}, {"concept": "anger"}])
+    (site,) = program.sites
+    assert site.rule_R.tolist() == [0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(site.lower_RN[:2], [[0.0, INF, -1.0, INF], [INF, INF, 0.25, INF]])
+    np.testing.assert_array_equal(site.upper_RN[:2], [[2.0, -INF, -0.5, -INF], [-INF, -INF, 0.5, -INF]])
+    np.testing.assert_array_equal(site.a_RN, [[0, 0, 0.25, 0], [0, 0, 0.5, 0], *[[0] * 4] * 3])
+    np.testing.assert_array_equal(site.lower_RN[2:, 2], [-4, -2, 3])
+    assert site.constant_R.tolist() == [False, False, True, True, True]
+    assert site.named_N.tolist() == [True, False, True, False]
+
+
+def test_compile__takes_a_neuron_with_pieces_once_where_the_rule_has_a_tau(with_pieces: RangeTable) -> None:
+    (site,) = Program.compile(with_pieces, [{"concept": "joy", "tau": 2}]).sites
+    np.testing.assert_array_equal(site.lower_RN, [[0.0, INF, -0.5, INF]])
+    np.testing.assert_array_equal(site.upper_RN, [[2.0, -INF, 1.5, -INF]])
+
+
+def test_compile__adaptive_has_the_centre_of_each_piece(with_pieces: RangeTable) -> None:
+    (site,) = Program.compile(with_pieces, [{"concept": "joy", "action": "adaptive", "factor": 1}]).sites
+    assert site.centre_RN is not None
+    assert site.g_RN is not None
+    np.testing.assert_array_equal(site.centre_RN, [[1.0, 0, -0.75, 0], [0, 0, 0.375, 0]])
+    np.testing.assert_array_equal(site.g_RN, [[1.0, 0, 4, 0], [0, 0, 8, 0]])
+
+
+def test_first_conflict__is_between_rules_never_between_pieces_of_one(with_pieces: RangeTable) -> None:
+    def of(*rules: dict) -> tuple[int, int, int] | None:
+        found = first_conflict(Program.compile(with_pieces, list(rules)))
+        return None if found is None else (found.first, found.second, found.neuron)
+
+    joy, anger = {"concept": "joy"}, {"concept": "anger"}
+    assert of(joy, anger) is None
+    assert of(anger, anger) == (0, 1, 2)
+    assert of(anger, joy, {"concept": "anger", "tau": 1.5}) == (1, 2, 2)  # [-0.25, 1.25] and joy's [0.25, 0.5]
+    table = table_of(pieces("joy", 0, [(0.0, 1.0, 0.5), (1.0 + 2**-40, 2.0, 0.5)]), method="hpd")
+    assert first_conflict(Program.compile(table, [joy])) is None
+
+
 def test_compile__takes_the_most_salient_alone_when_asked(table: RangeTable) -> None:
     site = Program.compile(table, [Rule(concept="joy", layers=(0,), top_fraction=0.25)]).sites[0]
     np.testing.assert_array_equal(site.named_N, [False, False, True, False])
@@ -132,7 +181,7 @@ def test_compile__refuses_a_rule_that_names_no_neuron() -> None:
         ([{"concept": "joy", "top_fraction": 0.9}], "at most 0.5"),
         ([{"concept": "anger", "layers": [3]}], "no layer 3 for anger. It has: 0"),
         ([{"concept": "joy", "strength": 2}], "strength: Extra inputs are not permitted"),
-        ([{"concept": "joy", "action": "erase"}], "the actions are zero, mean, dampen, adaptive, set"),
+        ([{"concept": "joy", "action": "erase"}], "the actions are zero, mean, dampen, adaptive, set, soften"),
         ([{"action": "zero"}], "concept: Field required"),
         ([{"concept": "joy", "action": "dampen"}], "no factor was given"),
         ([{"concept": "joy", "action": "dampen", "factor": 1.5}], "factor: .* less than or equal to 1"),
@@ -142,6 +191,9 @@ def test_compile__refuses_a_rule_that_names_no_neuron() -> None:
         ([{"concept": "joy", "action": "set", "value": INF}], "value: .* finite"),
         ([{"concept": "joy", "action": "mean", "value": 2}], "action mean takes no value, found 2.0"),
         ([{"concept": "joy", "action": "adaptive", "tau": INF}], "with tau inf there is none"),
+        ([{"concept": "joy", "action": "soften"}], "table tbl_.* has none: .* ranges STORE --method likelihood_ratio"),
+        ([{"concept": "joy", "action": "soften", "tau": 2}], "tau 2 makes others, which have none; leave tau out"),
+        ([{"concept": "joy", "action": "soften", "factor": 0.5}], "action soften takes no factor"),
         ([{"concept": "joy", "tau": 0}], "tau: .* greater than 0"),
         ([{"concept": "joy", "tau": math.nan}], "tau"),
         ([{"concept": "joy", "layers": []}], "layers is empty"),

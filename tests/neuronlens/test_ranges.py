@@ -11,10 +11,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from neuronlens.errors import RunFailed, UsageError
-from neuronlens.ranges import SCHEMA, RangeTable, TableModel, salient_count
-from tests.range_tables import row, table_of
+from neuronlens.ranges import PIECES_SCHEMA, SCHEMA, RangeTable, TableModel, salient_count
+from tests.range_tables import HEADER, pieces, row, table_of
 
 ROWS = [
     row("joy", 2, 0.5, 0.25),
@@ -33,7 +35,19 @@ def table() -> RangeTable:
     return table_of(ROWS, widths=WIDTHS)
 
 
-def id_by_hand(table: RangeTable) -> str:
+PIECES = [
+    *pieces("joy", 2, [(-1.0, -0.5, 0.75), (0.25, 0.5, 0.5)]),
+    *pieces("joy", 0, [(0.0, float("inf"), 1.0)], rank=2),
+    *pieces("joy", 1, [(-3.0, -2.0, 0.0), (-1.0, -1.0, 0.125), (0.0, 7.0, 1.0)], layer=1),
+    *pieces("anger", 2, [(-1.0, 2.0, 0.25)]),
+]
+
+
+def pieces_table(rows: list[dict] = PIECES, **header: object) -> RangeTable:
+    return table_of(rows, widths=WIDTHS, **{"method": "budget", "options": {"budget": 0.02, "atol": 1}, **header})
+
+
+def id_by_hand(rows: list[dict], **fields: object) -> str:
     """The id made again from the format's words, with the standard library alone."""
     header = {
         "format_version": 1,
@@ -45,9 +59,12 @@ def id_by_hand(table: RangeTable) -> str:
         "unit": "last_token",
         "widths": WIDTHS,
         "coverage": {"shards": 3, "committed": 3},
-        "rows": len(ROWS),
+        "rows": len(rows),
+        **fields,
     }
-    rows = sorted(ROWS, key=lambda r: (r["hook_point"], r["layer"], r["concept"], r["rank"], r["neuron"]))
+    rows = sorted(
+        rows, key=lambda r: (r["hook_point"], r["layer"], r["concept"], r["rank"], r["neuron"], r.get("piece"))
+    )
     content = json.dumps(header, sort_keys=True, separators=(",", ":")).encode() + b"\n"
     columns = [
         ("hook_point", "string", "i"),
@@ -57,6 +74,7 @@ def id_by_hand(table: RangeTable) -> str:
     ]
     columns += [("n", "int64", "q"), *((name, "double", "d") for name in ("mean", "std", "mean_abs", "salience"))]
     columns += [("rank", "int32", "i"), ("lower", "double", "d"), ("upper", "double", "d")]
+    columns += [("piece", "int16", "h"), ("posterior", "double", "d")] if "piece" in rows[0] else []
     for name, type_name, code in columns:
         content += f"{name}:{type_name}\n".encode()
         values = [r[name] for r in rows]
@@ -69,7 +87,59 @@ def id_by_hand(table: RangeTable) -> str:
 
 
 def test_range_table__id_is_what_the_format_says(table: RangeTable) -> None:
-    assert table.id == id_by_hand(table)
+    assert table.id == id_by_hand(ROWS)
+    made_by = {"format_version": 2, "method": "budget", "options": {"atol": 1.0, "budget": 0.02}}
+    assert pieces_table().id == id_by_hand(PIECES, **made_by)
+
+
+def test_range_table__of_the_papers_method_is_what_it_was_before_there_were_others(table: RangeTable) -> None:
+    assert table.id == "tbl_e259f8acfcc95978"  # as version 1 of the format alone gave it, like the text of the header
+    assert hashlib.sha256(table.header_json()).hexdigest()[:12] == "eefa59092c6a"
+    assert table.rows.schema == SCHEMA
+
+
+def test_range_table__id_follows_method_options_and_posteriors() -> None:
+    changed = [{**PIECES[0], "posterior": 0.76}, *PIECES[1:]]
+    tables = [
+        pieces_table(),
+        pieces_table(method="hpd"),
+        pieces_table(options={"budget": 0.03, "atol": 1}),
+        pieces_table(options={}),
+        pieces_table(changed),
+    ]
+    assert len({table.id for table in tables}) == len(tables)
+    assert pieces_table(PIECES[::-1], options={"atol": 1.0, "budget": 0.02}).id == tables[0].id
+
+
+def test_range_table__with_pieces_can_be_saved_and_loaded(tmp_path: Path) -> None:
+    for table in (pieces_table(), pieces_table(options={})):
+        folder = Path(table.save(tmp_path))
+        loaded = RangeTable.load(folder)
+        assert (loaded.header, loaded.rows) == (table.header, table.rows)
+        assert loaded.rows.schema == PIECES_SCHEMA
+        assert pq.read_schema(folder / "ranges.parquet").names == PIECES_SCHEMA.names
+    assert json.loads((folder / "table.json").read_text())["method"] == "budget"
+
+
+EDGES = st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=2, max_size=8, unique=True)
+
+
+@given(st.lists(EDGES, min_size=1, max_size=4), st.randoms(use_true_random=False))
+def test_range_table__holds_any_pieces_that_lie_apart_in_any_order(edges_of_neuron, random) -> None:
+    rows = []
+    for neuron, edges in enumerate(edges_of_neuron):
+        edges = sorted(edges[: len(edges) // 2 * 2])
+        bounds = [(edges[i], edges[i + 1], 0.5) for i in range(0, len(edges), 2)]
+        rows += pieces("joy", neuron, bounds, rank=neuron + 1)
+    shuffled = random.sample(rows, len(rows))
+    assert pieces_table(shuffled).rows.to_pylist() == rows
+
+
+def test_select__takes_a_neuron_with_all_its_pieces() -> None:
+    table = pieces_table()
+    assert table.select("joy", layers=[0])["neuron"].to_pylist() == [2, 2, 0]
+    assert table.select("joy", layers=[0], top_fraction=0.25)["neuron"].to_pylist() == [2, 2]
+    assert table.select("joy", layers=[1], neurons=[1])["piece"].to_pylist() == [0, 1, 2]
 
 
 def test_range_table__id_ignores_row_order_encoding_chunks_and_who_made_it(table: RangeTable) -> None:
@@ -164,6 +234,9 @@ def edit_rows(folder: Path, rows: list[dict]) -> None:
         lambda folder: edit_json(folder, tau=2.0),
         lambda folder: edit_json(folder, id="tbl_" + "0" * 16),
         lambda folder: edit_json(folder, colour="red"),
+        lambda folder: edit_json(folder, format_version=2),
+        lambda folder: edit_json(folder, format_version=2, method="hpd"),
+        lambda folder: edit_json(folder, method="hpd"),
         lambda folder: (folder / "table.json").write_text("{"),
         lambda folder: edit_rows(folder, ROWS[:-1]),
         lambda folder: edit_rows(folder, [{**ROWS[0], "mean": 0.5000001}, *ROWS[1:]]),
@@ -171,7 +244,20 @@ def edit_rows(folder: Path, rows: list[dict]) -> None:
         lambda folder: (folder / "ranges.parquet").write_bytes((folder / "ranges.parquet").read_bytes()[:-20]),
         lambda folder: (folder / "ranges.parquet").unlink(),
     ],
-    ids=["tau", "id", "unknown key", "half json", "row lost", "value", "nan", "half parquet", "no parquet"],
+    ids=[
+        "tau",
+        "id",
+        "unknown key",
+        "format",
+        "columns",
+        "method",
+        "half json",
+        "row lost",
+        "value",
+        "nan",
+        "half parquet",
+        "no parquet",
+    ],
 )
 def test_load__refuses_a_damaged_table(table: RangeTable, tmp_path: Path, damage) -> None:
     folder = Path(table.save(tmp_path))
@@ -182,8 +268,8 @@ def test_load__refuses_a_damaged_table(table: RangeTable, tmp_path: Path, damage
 
 def test_load__refuses_a_newer_format(table: RangeTable, tmp_path: Path) -> None:
     folder = Path(table.save(tmp_path))
-    edit_json(folder, format_version=2)
-    with pytest.raises(UsageError, match="format version 2, this neuronlens reads 1"):
+    edit_json(folder, format_version=3)
+    with pytest.raises(UsageError, match="format version 3, this neuronlens reads 2"):
         RangeTable.load(folder)
 
 
@@ -220,6 +306,47 @@ def test_make__refuses_missing_and_surplus_columns_and_nulls() -> None:
         RangeTable.make(pa.Table.from_pylist([{**ROWS[0], "mean": None}]), **header)
     with pytest.raises(UsageError, match="layer cannot be read as int16"):
         RangeTable.make(pa.Table.from_pylist([{**ROWS[0], "layer": 70_000}]), **header)
+
+
+TWO = pieces("joy", 1, [(-1.0, 0.0, 0.5), (1.0, 2.0, 0.5)])
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"lower": 0.0}, "wrong lower: 0.0 for neuron 1 of layer 0; expected above the upper bound"),
+        ({"lower": -2.0, "upper": -1.5}, "wrong lower: -2.0"),
+        ({"piece": 2}, "wrong piece: 2"),
+        ({"piece": 0}, "wrong piece: 0"),
+        ({"posterior": 1.5}, "wrong posterior: 1.5"),
+        ({"posterior": -0.5}, "wrong posterior: -0.5"),
+        ({"posterior": float("nan")}, "wrong posterior: nan"),
+        ({"mean": 0.75}, "wrong mean: 0.75 .* what the neuron's other pieces have"),
+        ({"n": 11}, "wrong n: 11"),
+        ({"salience": 1.0}, "wrong salience: 1.0"),
+        ({"rank": 2}, "wrong piece: 1 .* within each neuron and rank"),
+        ({"rank": 2, "piece": 0}, "1 rows name a neuron that"),
+        ({"concept": "anger"}, "wrong piece: 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_make__refuses_pieces_that_make_no_range(second: dict, message: str) -> None:
+    assert pieces_table(TWO).rows.num_rows == 2
+    with pytest.raises(UsageError, match=message):
+        pieces_table([TWO[0], {**TWO[1], **second}])
+
+
+def test_make__wants_the_columns_of_its_method() -> None:
+    with pytest.raises(UsageError, match="not among them: piece, posterior"):
+        RangeTable.make(pa.Table.from_pylist(TWO), **HEADER, widths=WIDTHS)
+    with pytest.raises(UsageError, match="Missing: piece, posterior"):
+        RangeTable.make(pa.Table.from_pylist(ROWS), **HEADER, widths=WIDTHS, method="hpd")
+    with pytest.raises(UsageError, match="method paper has no options, found budget"):
+        table_of(ROWS, widths=WIDTHS, options={"budget": 0.02})
+    with pytest.raises(UsageError, match="method"):
+        pieces_table(method="Not a name")
+    with pytest.raises(UsageError, match=r"options\.budget"):
+        pieces_table(options={"budget": float("nan")})
 
 
 @pytest.mark.parametrize("header", [{"tau": 0}, {"tau": float("inf")}, {"top_fraction": 1.5}])

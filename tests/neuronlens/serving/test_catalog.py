@@ -174,7 +174,7 @@ DAMAGE = {
     ),
     "another table's json": lambda folder: (folder / "table.json").write_bytes(OLD.header_json()),
     "a later format": lambda folder: (folder / "table.json").write_text(
-        json.dumps({**NEW.header.model_dump(), "format_version": 2})
+        json.dumps({**NEW.header.model_dump(), "format_version": 3})
     ),
     "not utf-8": lambda folder: (folder / "table.json").write_bytes(b"\xff\xfe{"),
 }
