@@ -37,6 +37,7 @@ class Applied:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._mask_BT: Tensor | None = None
+        self._where_BT: Tensor | None = None
         self._runners = [_SiteRunner(site) for site in program.sites]
 
     @property
@@ -59,8 +60,14 @@ class Applied:
         """
         self._mask_BT = mask_BT
 
-    def _see(self, index: int, x_BTN: Tensor) -> Tensor:
-        return self._runners[index].run(x_BTN, self._mask_BT)
+    def set_where(self, where_BT: Tensor | None) -> None:
+        """Replace, and count, only where where_BT (bool, the shape of the next batches) is True; None replaces
+        everywhere."""
+        self._where_BT = where_BT
+
+    def see(self, index: int, x_BTN: Tensor) -> Tensor:
+        """What the program makes of x_BTN at the site `index` of `sites_of`: what `attach` is to call."""
+        return self._runners[index].run(x_BTN, self._mask_BT, self._where_BT)
 
 
 @contextmanager
@@ -86,7 +93,7 @@ def intervene(
     program = Program.compile(table, rules)
     module = model.module if isinstance(model, LoadedModel) else model
     if check_model:
-        _check_config(module, table)
+        check_config(module, table)
     with apply(module, program, overrides=overrides) as applied:
         yield applied
 
@@ -94,14 +101,14 @@ def intervene(
 @contextmanager
 def apply(module: nn.Module, program: Program, *, overrides: Mapping[str, str] | None = None) -> Iterator[Applied]:
     """As `intervene`, for a program that is compiled. Raises UsageError where the model lacks its layers or widths."""
-    sites = _sites_of(module, program, overrides)
+    sites = sites_of(module, program, overrides)
     applied = Applied(program)
-    with attach(module, sites, applied._see):
+    with attach(module, sites, applied.see):
         yield applied
 
 
-def _sites_of(module: nn.Module, program: Program, overrides: Mapping[str, str] | None) -> list[Site]:
-    """The model's site of each site of the program, in the program's order."""
+def sites_of(module: nn.Module, program: Program, overrides: Mapping[str, str] | None = None) -> list[Site]:
+    """The model's site of each site of the program, in the program's order. Raises as `apply` does."""
     there = {}
     for hook_point in program.hook_points:
         layers = [site.layer for site in program.sites if site.hook_point == hook_point]
@@ -117,7 +124,8 @@ def _sites_of(module: nn.Module, program: Program, overrides: Mapping[str, str] 
     return [there[wanted.hook_point, wanted.layer] for wanted in program.sites]
 
 
-def _check_config(module: nn.Module, table: RangeTable) -> None:
+def check_config(module: nn.Module, table: RangeTable) -> None:
+    """Raise UsageError where the model's config.json is not the one that the table was made with."""
     folder = _checkpoint_folder(module)
     if folder is None:
         return
@@ -178,32 +186,29 @@ class _SiteRunner:
         tested, changed = self._counts.tolist()
         return tested, changed
 
-    def run(self, x_BTN: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def run(self, x_BTN: Tensor, mask_BT: Tensor | None, where_BT: Tensor | None = None) -> Tensor:
         """x_BTN with the values inside a row's bounds replaced."""
         if self._made_for != (x_BTN.device, x_BTN.dtype):
             self._make(x_BTN.device, x_BTN.dtype)
+        where_BT1 = None if where_BT is None else _as_wide(where_BT, x_BTN, "set_where")
+        mask_BT1 = None if mask_BT is None else _as_wide(mask_BT, x_BTN, "set_mask")
+        if where_BT1 is not None:
+            mask_BT1 = where_BT1 if mask_BT1 is None else where_BT1 & mask_BT1
         out_BTN = x_BTN
         inside_any = None
         # From the last row to the first, always on the original x: the first one has the last word.
         for row in reversed(self._rows):
             inside = (x_BTN >= row.lower_N) & (x_BTN <= row.upper_N)
+            inside = inside if where_BT1 is None else inside & where_BT1
             out_BTN = torch.where(inside, row.replace(x_BTN), out_BTN)
             inside_any = inside if inside_any is None else inside_any | inside
         assert inside_any is not None, "a site of a program has one row at least"
-        self._count(x_BTN.detach(), inside_any, mask_BT)
+        self._count(x_BTN.detach(), inside_any, mask_BT1)
         return out_BTN
 
-    def _count(self, x_BTN: Tensor, inside: Tensor, mask_BT: Tensor | None) -> None:
+    def _count(self, x_BTN: Tensor, inside: Tensor, real_BT1: Tensor | None) -> None:
         assert self._counts is not None
-        real_BT1 = None
-        if mask_BT is not None:
-            if mask_BT.shape != x_BTN.shape[:2]:
-                raise UsageError(
-                    f"The intervention's mask has shape {tuple(mask_BT.shape)}, the batch {tuple(x_BTN.shape[:2])}. "
-                    "Call set_mask with each batch's own mask, or with None to count every position."
-                )
-            real_BT1 = mask_BT.to(x_BTN.device, torch.bool).unsqueeze(2)
-            inside = inside & real_BT1
+        inside = inside if real_BT1 is None else inside & real_BT1
         if x_BTN.device.type == "cpu" and bool(torch.isfinite(x_BTN.sum(dtype=torch.float32))):
             # Every value is finite, which one quick sum has shown. Elsewhere, asking would wait for the device.
             n_rows = x_BTN.shape[0] * x_BTN.shape[1] if real_BT1 is None else torch.count_nonzero(real_BT1)
@@ -237,6 +242,16 @@ class _SiteRunner:
         earlier = self.counts()
         self._counts = torch.tensor(earlier, dtype=torch.int64, device=device)
         self._made_for = (device, dtype)
+
+
+def _as_wide(mask_BT: Tensor, x_BTN: Tensor, setter: str) -> Tensor:
+    """The mask as bool [B, T, 1], beside x_BTN."""
+    if mask_BT.shape != x_BTN.shape[:2]:
+        raise UsageError(
+            f"The intervention's mask has shape {tuple(mask_BT.shape)}, the batch {tuple(x_BTN.shape[:2])}. "
+            f"Call {setter} with each batch's own mask, or with None for every position."
+        )
+    return mask_BT.to(x_BTN.device, torch.bool).unsqueeze(2)
 
 
 def _constant(b_N: Tensor) -> Callable[[Tensor], Tensor]:

@@ -226,6 +226,27 @@ def test_applied__refuses_the_mask_of_another_batch() -> None:
         run(toy_table(JOY), [Rule(concept="joy")], torch.ones(1, 3, WIDTH), [[True, True]])
 
 
+def test_applied__replaces_and_counts_only_where_it_is_told_to() -> None:
+    model, table = Toy(), toy_table(JOY, {**JOY, "concept": "anger", "lower": 0.5}, row("joy", 2, 5.0, 0.4, rank=2))
+    rules = [Rule(concept="joy", action="dampen", factor=0.5, top_fraction=0.25), Rule(concept="anger")]
+    with intervene(model, table, rules, overrides=TOY) as applied:
+        applied.set_where(torch.tensor([[True, False, True], [False, False, True]]))
+        x_BTN = torch.ones(2, 3, WIDTH)
+        out_BTN = model(x_BTN)
+        assert out_BTN[..., 0].tolist() == [[0.5, 1.0, 0.5], [1.0, 1.0, 0.5]]
+        assert torch.equal(out_BTN[..., 1:], x_BTN[..., 1:])
+        assert (applied.tested, applied.changed) == (3, 3)
+        applied.set_mask(torch.tensor([[True, True, False], [True, True, True]]))
+        assert model(x_BTN)[..., 0].tolist() == [[0.5, 1.0, 0.5], [1.0, 1.0, 0.5]]
+        assert (applied.tested, applied.changed) == (3 + 2, 3 + 2)
+        applied.set_where(None)
+        assert model(x_BTN)[..., 0].tolist() == [[0.5] * 3] * 2
+        assert (applied.tested, applied.changed) == (5 + 5, 5 + 5)
+        with pytest.raises(UsageError, match="Call set_where"):
+            applied.set_where(torch.ones(1, 3, dtype=torch.bool))
+            model(x_BTN)
+
+
 def test_applied__counts_across_inference_mode_and_dtypes() -> None:
     model = Toy()
     with intervene(model, toy_table(JOY), [Rule(concept="joy")], overrides=TOY) as applied:
