@@ -242,8 +242,8 @@ def test_applied__replaces_and_counts_only_where_it_is_told_to() -> None:
         applied.set_where(None)
         assert model(x_BTN)[..., 0].tolist() == [[0.5] * 3] * 2
         assert (applied.tested, applied.changed) == (5 + 5, 5 + 5)
+        applied.set_where(torch.ones(1, 3, dtype=torch.bool))
         with pytest.raises(UsageError, match="Call set_where"):
-            applied.set_where(torch.ones(1, 3, dtype=torch.bool))
             model(x_BTN)
 
 
