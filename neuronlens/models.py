@@ -42,6 +42,9 @@ __all__ = ["LoadedModel", "ModelIdentity", "load_model", "model_identity", "toke
 
 Kind = Literal["decoder", "classifier", "encoder"]
 
+LOGITS_AT_ONCE = 1 << 24
+"""Logits held at a time: the LM head runs over slices of tokens, so that memory does not grow with the vocabulary."""
+
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNLIMITED = 1 << 20

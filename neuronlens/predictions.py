@@ -12,8 +12,7 @@ from torch import Tensor
 
 from neuronlens.batches import TokenBatch
 from neuronlens.errors import UsageError
-from neuronlens.evaluation import LOGITS_AT_ONCE
-from neuronlens.models import LoadedModel
+from neuronlens.models import LOGITS_AT_ONCE, LoadedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
