@@ -183,7 +183,7 @@ def load_model(
     folder = resolve_folder(id, revision)
     stated = read_config(folder)
     weight_files(folder)
-    with _quiet_transformers():
+    with quiet_transformers():
         config = _config(id, folder, stated)
         tokenizer = _tokenizer(id, folder)
         module = _skeleton(config, chosen) if where.type == "meta" else _weights(id, folder, config, chosen)
@@ -369,7 +369,7 @@ def _no_warning(*_: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no reports of unused weights: what matters in them, we say ourselves."""
     from transformers.utils import logging as theirs
 

@@ -158,6 +158,7 @@ def make_plan(recipe: Recipe, *, device_type: str = "cpu") -> Plan:
 
     Raises UsageError for everything in a recipe or its data that could not end well.
     """
+    _check_made(recipe)
     recipe = checked_backend(recipe)
     skeleton = load_model(recipe.model.id, revision=recipe.model.revision, dtype=recipe.model.dtype, device="meta")
     hook_points, layers = recipe.collect.hook_points, recipe.collect.layers
@@ -302,6 +303,15 @@ def package_versions(backend: str = "transformers") -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found | ({"vllm": vllm_version()} if backend == "vllm" else {})
+
+
+def _check_made(recipe: Recipe) -> None:
+    """A model that is fine-tuned is a local folder: the hub's model of the same name would be another one."""
+    if recipe.finetune is not None and not Path(recipe.model.id).is_dir():
+        raise UsageError(
+            f"There is no model in {recipe.model.id} yet. `python -m jobs.finetune RECIPE`, with this recipe, makes it "
+            f"from {recipe.finetune.base}."
+        )
 
 
 def _only_correct(recipe: Recipe, skeleton: LoadedModel) -> bool:
