@@ -211,11 +211,10 @@ class RemoteTable:
         neurons: Iterable[int] | None = None,
         top_fraction: float | None = None,
     ) -> "pa.Table":
-        """The rows of these concepts, layers, hook points and neurons (None: of all), of the most salient neurons: the
-        columns of `neuronlens.ranges.SCHEMA`, in the table's order."""
+        """The rows of these concepts, layers, hook points and neurons (None: of all), of the most salient neurons, in
+        the table's order: the columns of `neuronlens.ranges.SCHEMA`, or of PIECES_SCHEMA where the table's method is
+        another than paper."""
         import pyarrow as pa
-
-        from neuronlens.ranges import SCHEMA
 
         asked: dict[str, list[Any] | None] = {
             "concept": [concept] if isinstance(concept, str) else _listed(concept),
@@ -224,7 +223,7 @@ class RemoteTable:
             "neuron": _listed(neurons),
         }
         if any(values == [] for values in asked.values()):
-            return SCHEMA.empty_table()  # Over HTTP, no layer would be every layer.
+            return self.header.schema_of_rows.empty_table()  # Over HTTP, no layer would be every layer.
         params = [(name, str(value)) for name, values in asked.items() for value in values or ()]
         if top_fraction is not None:
             params.append(("top_fraction", repr(float(top_fraction))))

@@ -13,41 +13,42 @@ LOWER, UPPER, A, B, G, CENTRE = range(6)
 CONSTANT, ADAPTIVE = range(2)
 """Entries of kinds_K2[k]."""
 BANK, RULE = range(2)
-"""Rows of rules_2SR."""
+"""Rows of rows_2SR."""
 
 _jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @_jit
 def replace_inside(  # type: ignore[no-untyped-def]
-    x_BTN, real_BT, slot_B, n_rules_S, rules_2SR, named_SN, numbers_KFN, kinds_K2, out_BTN, counts_BC
+    x_BTN, real_BT, slot_B, n_rows_S, rows_2SR, named_SN, numbers_KFN, kinds_K2, out_BTN, counts_BC
 ):
     """out_BTN becomes x_BTN (float32) with the values replaced that are inside a range of their row's program.
 
-    Row b runs under slot_B[b]; a slot with no rules here, and tokens that are not real, are copied. Rule r of slot s is
-    row k = rules_2SR[BANK, s, r] of numbers_KFN and kinds_K2; the first rule whose range contains the value
-    decides. named_SN is int32, 1 where a rule of the slot names the neuron. counts_BC (int64) grows: column 0 by the
-    finite values of named neurons, column 1 + rules_2SR[RULE, s, r] by the finite values that this rule replaced.
+    Row b runs under slot_B[b]; a slot with no rows here, and tokens that are not real, are copied. Row r of slot s, of
+    n_rows_S[s], is row k = rows_2SR[BANK, s, r] of numbers_KFN and kinds_K2, a piece of rule rows_2SR[RULE, s, r]; the
+    first row whose bounds contain the value decides. named_SN is int32, 1 where a row of the slot names the neuron.
+    counts_BC (int64) grows: column 0 by the finite values of named neurons, column 1 + rule by the finite values that
+    this rule replaced.
     """
     for b in range(x_BTN.shape[0]):
         s = slot_B[b]
-        n_rules = n_rules_S[s]
+        n_rows = n_rows_S[s]
         for t in range(x_BTN.shape[1]):
             x_N, out_N = x_BTN[b, t], out_BTN[b, t]
-            if n_rules == 0 or not real_BT[b, t]:
+            if n_rows == 0 or not real_BT[b, t]:
                 out_N[:] = x_N
-            elif n_rules == 1:
-                k = rules_2SR[BANK, s, 0]
-                tested, changed = _by_one_rule(x_N, named_SN[s], numbers_KFN[k], kinds_K2[k], out_N)
+            elif n_rows == 1:
+                k = rows_2SR[BANK, s, 0]
+                tested, changed = _by_one_row(x_N, named_SN[s], numbers_KFN[k], kinds_K2[k], out_N)
                 counts_BC[b, 0] += tested
-                counts_BC[b, 1 + rules_2SR[RULE, s, 0]] += changed
+                counts_BC[b, 1 + rows_2SR[RULE, s, 0]] += changed
             else:
-                rules_2R = rules_2SR[:, s, :n_rules]
-                counts_BC[b, 0] += _by_rules(x_N, named_SN[s], rules_2R, numbers_KFN, kinds_K2, out_N, counts_BC[b])
+                rows_2R = rows_2SR[:, s, :n_rows]
+                counts_BC[b, 0] += _by_rows(x_N, named_SN[s], rows_2R, numbers_KFN, kinds_K2, out_N, counts_BC[b])
 
 
 @_jit
-def _by_one_rule(x_N, named_N, numbers_FN, kinds_2, out_N):  # type: ignore[no-untyped-def]
+def _by_one_row(x_N, named_N, numbers_FN, kinds_2, out_N):  # type: ignore[no-untyped-def]
     """The most common case, without branches in its loops, so that they become vector instructions."""
     lower_N, upper_N, a_N, b_N = numbers_FN[LOWER], numbers_FN[UPPER], numbers_FN[A], numbers_FN[B]
     g_N, centre_N = numbers_FN[G], numbers_FN[CENTRE]
@@ -79,16 +80,16 @@ def _by_one_rule(x_N, named_N, numbers_FN, kinds_2, out_N):  # type: ignore[no-u
 
 
 @_jit
-def _by_rules(x_N, named_N, rules_2R, numbers_KFN, kinds_K2, out_N, counts_C):  # type: ignore[no-untyped-def]
-    """Several rules; returns how many values were tested, and adds what each rule changed to counts_C."""
+def _by_rows(x_N, named_N, rows_2R, numbers_KFN, kinds_K2, out_N, counts_C):  # type: ignore[no-untyped-def]
+    """Several rows; returns how many values were tested, and adds what each rule changed to counts_C."""
     tested = 0
     for j in range(x_N.shape[0]):
         x = x_N[j]
         finite = np.int32(x - x == 0)
         tested += named_N[j] & finite
         out_N[j] = x
-        for r in range(rules_2R.shape[1]):
-            k = rules_2R[BANK, r]
+        for r in range(rows_2R.shape[1]):
+            k = rows_2R[BANK, r]
             if numbers_KFN[k, LOWER, j] <= x <= numbers_KFN[k, UPPER, j]:
                 a, b = numbers_KFN[k, A, j], numbers_KFN[k, B, j]
                 if kinds_K2[k, CONSTANT]:
@@ -97,14 +98,14 @@ def _by_rules(x_N, named_N, rules_2R, numbers_KFN, kinds_K2, out_N, counts_C):  
                     out_N[j] = x * (a + numbers_KFN[k, G, j] * abs(x - numbers_KFN[k, CENTRE, j])) + b
                 else:
                     out_N[j] = x * a + b
-                counts_C[1 + rules_2R[RULE, r]] += finite
+                counts_C[1 + rows_2R[RULE, r]] += finite
                 break
     return tested
 
 
 @_jit
 def replace_in_place(  # type: ignore[no-untyped-def]
-    x_TN, first, last, slot_T, n_rules_S, rules_2SR, named_SN, numbers_KFN, kinds_K2, counts_TC
+    x_TN, first, last, slot_T, n_rows_S, rows_2SR, named_SN, numbers_KFN, kinds_K2, counts_TC
 ):
     """As `replace_inside`, for rows that are single tokens of many sequences, changed where they lie.
 
@@ -114,18 +115,18 @@ def replace_in_place(  # type: ignore[no-untyped-def]
     out_N = np.empty(x_TN.shape[1], x_TN.dtype)
     for t in range(first, last):
         s = slot_T[t]
-        n_rules = n_rules_S[s]
-        if n_rules == 0:
+        n_rows = n_rows_S[s]
+        if n_rows == 0:
             continue
         x_N, counts_C = x_TN[t], counts_TC[t]
-        if n_rules == 1:
-            k = rules_2SR[BANK, s, 0]
-            tested, changed = _by_one_rule(x_N, named_SN[s], numbers_KFN[k], kinds_K2[k], out_N)
+        if n_rows == 1:
+            k = rows_2SR[BANK, s, 0]
+            tested, changed = _by_one_row(x_N, named_SN[s], numbers_KFN[k], kinds_K2[k], out_N)
             counts_C[0] += tested
-            counts_C[1 + rules_2SR[RULE, s, 0]] += changed
+            counts_C[1 + rows_2SR[RULE, s, 0]] += changed
         else:
-            rules_2R = rules_2SR[:, s, :n_rules]
-            counts_C[0] += _by_rules(x_N, named_SN[s], rules_2R, numbers_KFN, kinds_K2, out_N, counts_C)
+            rows_2R = rows_2SR[:, s, :n_rows]
+            counts_C[0] += _by_rows(x_N, named_SN[s], rows_2R, numbers_KFN, kinds_K2, out_N, counts_C)
         x_N[:] = out_N
 
 

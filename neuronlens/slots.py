@@ -114,7 +114,7 @@ class Step:
         self._slot_on_device_B: Tensor | None = None
 
     def run(self, hook_point: str, layer: int, x_BTN: Tensor) -> Tensor | None:
-        """x_BTN with the values inside a range of their row's program replaced; None where no row has a rule here."""
+        """x_BTN with the values inside a range of their row's program replaced; None where no program acts here."""
         bank = self._banks.get((hook_point, layer))
         if bank is None:
             return None
@@ -139,31 +139,32 @@ class Step:
             self._slot_on_device_B = torch.from_numpy(self._slot_B).to(x_BTN.device)
             self._real_BT, self._counts_BC = self._real_BT.to(x_BTN.device), self._counts_BC.to(x_BTN.device)
         slot_B, counts_BC = self._slot_on_device_B, self._counts_BC
-        rules = bank.rules(x_BTN.device, x_BTN.dtype)
+        rows = bank.rows(x_BTN.device, x_BTN.dtype)
         finite_BTN = torch.isfinite(x_BTN) & self._real_BT[:, :, None]
-        counts_BC[:, 0] += (finite_BTN & (rules.named_SN[slot_B] > 0)[:, None]).sum(dim=(1, 2))
+        counts_BC[:, 0] += (finite_BTN & (rows.named_SN[slot_B] > 0)[:, None]).sum(dim=(1, 2))
         out_BTN, decided_BTN = x_BTN, torch.zeros_like(x_BTN, dtype=torch.bool)
-        for r in range(int(bank.n_rules_S[self._slot_B].max())):
-            k_B = rules.rules_2SR[BANK, slot_B, r]  # row 0 for slots with fewer rules: nothing is inside
-            inside = rules.inside(x_BTN, k_B) & ~decided_BTN & self._real_BT[:, :, None]
-            out_BTN = torch.where(inside, rules.replaced(x_BTN, k_B), out_BTN)
+        for r in range(int(bank.n_rows_S[self._slot_B].max())):
+            k_B = rows.rows_2SR[BANK, slot_B, r]  # row 0 for slots with fewer rows: nothing is inside
+            inside = rows.inside(x_BTN, k_B) & ~decided_BTN & self._real_BT[:, :, None]
+            out_BTN = torch.where(inside, rows.replaced(x_BTN, k_B), out_BTN)
             decided_BTN = decided_BTN | inside
             n_inside_B = (inside & finite_BTN).sum(dim=(1, 2))
-            counts_BC.scatter_add_(1, 1 + rules.rules_2SR[RULE, slot_B, r, None], n_inside_B[:, None])
+            counts_BC.scatter_add_(1, 1 + rows.rows_2SR[RULE, slot_B, r, None], n_inside_B[:, None])
         return out_BTN
 
 
 class _Bank:
-    """The rules of all slots at one site: slot s has n_rules_S[s] of them. Arrays as `slot_kernel` takes them."""
+    """The rows of all slots' programs at one site, a row for each piece of a rule: slot s has n_rows_S[s] of them.
+    Arrays as `slot_kernel` takes them."""
 
     def __init__(self, n_slots: int, width: int) -> None:
-        self.n_rules_S = np.zeros(n_slots, dtype=np.int64)
-        self.rules_2SR = np.zeros((2, n_slots, 1), dtype=np.int64)
+        self.n_rows_S = np.zeros(n_slots, dtype=np.int64)
+        self.rows_2SR = np.zeros((2, n_slots, 1), dtype=np.int64)
         self.named_SN = np.zeros((n_slots, width), dtype=np.int32)
         self.compiled: tuple[np.ndarray, ...] = ()
         """What the compiled pass takes of the bank."""
         self._sites: dict[int, SiteProgram] = {}
-        self._on: dict[tuple[torch.device, torch.dtype], _Rules] = {}
+        self._on: dict[tuple[torch.device, torch.dtype], _Rows] = {}
 
     def put(self, slot: int, site: SiteProgram) -> None:
         self._sites[slot] = site
@@ -173,41 +174,41 @@ class _Bank:
         del self._sites[slot]
         self._lay_out()
 
-    def rules(self, device: torch.device, dtype: torch.dtype) -> "_Rules":
+    def rows(self, device: torch.device, dtype: torch.dtype) -> "_Rows":
         if (device, dtype) not in self._on:
-            self._on[device, dtype] = _Rules.of(list(self._sites.values()), self, device, dtype)
+            self._on[device, dtype] = _Rows.of(list(self._sites.values()), self, device, dtype)
         return self._on[device, dtype]
 
     def _lay_out(self) -> None:
-        """Give every slot's rules their rows, after row 0, which no value is inside of."""
+        """Lay every slot's rows after row 0, which no value is inside of."""
         most = max((len(site.rule_R) for site in self._sites.values()), default=1)
-        self.rules_2SR = np.zeros((2, len(self.n_rules_S), most), dtype=np.int64)
-        self.n_rules_S[:], self.named_SN[:], first = 0, 0, 1
+        self.rows_2SR = np.zeros((2, len(self.n_rows_S), most), dtype=np.int64)
+        self.n_rows_S[:], self.named_SN[:], first = 0, 0, 1
         for slot, site in self._sites.items():
-            n = self.n_rules_S[slot] = len(site.rule_R)
-            self.rules_2SR[BANK, slot, :n] = np.arange(first, first + n)
-            self.rules_2SR[RULE, slot, :n] = site.rule_R
+            n = self.n_rows_S[slot] = len(site.rule_R)
+            self.rows_2SR[BANK, slot, :n] = np.arange(first, first + n)
+            self.rows_2SR[RULE, slot, :n] = site.rule_R
             self.named_SN[slot] = site.named_N
             first += n
         self._on.clear()
-        rules = _Rules.of(list(self._sites.values()), self, torch.device("cpu"), torch.float32)
-        numbers_KFN, kinds_K2 = rules.numbers_KFN.numpy(), rules.kinds_K2.numpy()
-        self.compiled = (self.n_rules_S, self.rules_2SR, self.named_SN, numbers_KFN, kinds_K2)
+        rows = _Rows.of(list(self._sites.values()), self, torch.device("cpu"), torch.float32)
+        numbers_KFN, kinds_K2 = rows.numbers_KFN.numpy(), rows.kinds_K2.numpy()
+        self.compiled = (self.n_rows_S, self.rows_2SR, self.named_SN, numbers_KFN, kinds_K2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Rules:
+class _Rows:
     """A bank on a device: bounds rounded to the activations' dtype, the rest in the dtype that replacements are
     computed in; numbers_KFN holds both in the latter, which loses nothing."""
 
     dtype: torch.dtype
-    rules_2SR: Tensor
+    rows_2SR: Tensor
     named_SN: Tensor
     numbers_KFN: Tensor
     kinds_K2: Tensor
 
     @classmethod
-    def of(cls, sites: Sequence[SiteProgram], bank: _Bank, device: torch.device, dtype: torch.dtype) -> "_Rules":
+    def of(cls, sites: Sequence[SiteProgram], bank: _Bank, device: torch.device, dtype: torch.dtype) -> "_Rows":
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         width = bank.named_SN.shape[1]
         nothing_1FN = np.array([np.inf, -np.inf, 0, 0, 0, 0])[None, :, None] * np.ones((1, 1, width))
@@ -216,7 +217,7 @@ class _Rules:
         kinds_K2 = np.concatenate([[[True, False]], *map(_kinds, sites)])
         return cls(
             dtype=dtype,
-            rules_2SR=torch.from_numpy(bank.rules_2SR).to(device),
+            rows_2SR=torch.from_numpy(bank.rows_2SR).to(device),
             named_SN=torch.from_numpy(bank.named_SN).to(device),
             numbers_KFN=numbers_KFN.to(exact).to(device),
             kinds_K2=torch.from_numpy(kinds_K2).to(device),

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from neuronlens.ranges import SCHEMA
-from tests.range_tables import row, table_of
+from neuronlens.ranges import PIECES_SCHEMA, SCHEMA
+from tests.range_tables import pieces, row, table_of
 
 GOOD = table_of(
     [row("joy", n, 0.5 + n, 0.25, rank=n + 1) for n in range(2)] + [row("anger", 1, 1.0, 0.0, layer=3)],
@@ -38,7 +38,8 @@ def rows_with(**columns: pa.Array) -> bytes:
 
 def honest(*rows: dict, **fields: Any) -> tuple[bytes, bytes]:
     """Rows that cannot be right under a header that counts them."""
-    return header(rows=len(rows), **fields), parquet(pa.Table.from_pylist(list(rows), schema=SCHEMA))
+    schema = PIECES_SCHEMA if "method" in fields else SCHEMA
+    return header(rows=len(rows), **fields), parquet(pa.Table.from_pylist(list(rows), schema=schema))
 
 
 def of_many_row_groups(n_rows: int, n_groups: int) -> bytes:
@@ -202,6 +203,16 @@ BAD: dict[str, tuple[Callable[[], tuple[bytes, bytes]], int, str]] = {
         f"table.json says {GOOD.id}, but the content",
     ),
     "an id that is a path": (lambda: (header(id="../../../etc/x"), GOOD_PARQUET), 400, "no table.json: id"),
+    "a method that the columns are not of": (
+        lambda: (header(format_version=2, method="hpd"), GOOD_PARQUET),
+        400,
+        "Missing: piece, posterior",
+    ),
+    "pieces that overlap": (
+        lambda: honest(*pieces("joy", 1, [(0.0, 0.5, 0.5), (0.5, 1.0, 0.5)]), format_version=2, method="hpd"),
+        400,
+        "wrong lower: 0.5 .* expected above the upper bound",
+    ),
     "a later format": (lambda: (header(format_version=3), GOOD_PARQUET), 400, "format version 3"),
     "a format before the first": (lambda: (header(format_version=0), GOOD_PARQUET), 400, "format_version"),
     "a header of half a JSON": (lambda: (GOOD_JSON[:50], GOOD_PARQUET), 400, "no table.json"),

@@ -79,6 +79,26 @@ def random_pieces(
     return rows
 
 
+def large_table_with_pieces(n_rows: int) -> RangeTable:
+    """As `large_table`, with two pieces a neuron."""
+    numbers = np.arange(n_rows)
+    alike = pieces("joy", 0, [(0.0, 1.0, 0.5)])[0]
+    columns = {field.name: pa.repeat(pa.scalar(alike[field.name], field.type), n_rows) for field in PIECES_SCHEMA}
+    columns |= {"neuron": numbers // 2, "rank": numbers // 2 + 1, "piece": numbers % 2}
+    columns |= {"lower": 2.0 * (numbers % 2), "upper": 2.0 * (numbers % 2) + 1}
+    fields = {**HEADER, "top_fraction": 1.0, "widths": {"mlp_post": n_rows}, "method": "hpd"}
+    return RangeTable.make(pa.table(columns), **fields)
+
+
+RULES_ON_PIECES: list[list[dict[str, Any]]] = [
+    [{"concept": "joy", "action": "soften"}],
+    [{"concept": "fear"}],
+    [{"concept": "joy", "action": "adaptive", "factor": 0.5}, {"concept": "fear", "action": "soften"}],
+    [{"concept": "fear", "action": "mean", "tau": 1.5}, {"concept": "joy", "action": "dampen", "factor": 0.5}],
+]
+"""Every action that pieces can have, alone and with a second rule."""
+
+
 def apply_by_hand(
     rows: Sequence[dict[str, Any]], rules: Sequence[dict[str, Any]], x_N: np.ndarray
 ) -> tuple[np.ndarray, int, list[int]]:

@@ -96,9 +96,10 @@ class Found:
         """What the store says of each pair of concepts that it keeps."""
         return [] if self.block is None else self.block.pairs[self.neuron]
 
-    def ranges(self) -> dict[str, dict[str, Any]]:
-        """The table's row of each concept for which the neuron is salient."""
-        return {row["concept"]: row for row in self.rows[self.neuron]}
+    def ranges(self) -> dict[str, list[dict[str, Any]]]:
+        """The table's rows of each concept for which the neuron is salient: one, or one for each piece of the range."""
+        rows = itertools.groupby(self.rows[self.neuron], key=lambda row: str(row["concept"]))
+        return {concept: list(pieces) for concept, pieces in rows}
 
 
 class CardShelf:
@@ -267,7 +268,8 @@ class CardShelf:
 def _rows_at(table: RangeTable, sites: TableSites, site: Site) -> ByNeuron:
     start, stop = sites.spans.get(site, (0, 0))
     rows = table.rows.drop_columns(["hook_point", "layer"]).slice(start, stop - start)
-    return ByNeuron.of(rows.sort_by([("neuron", "ascending"), ("concept", "ascending")]))
+    order = ("neuron", "concept", *(["piece"] if table.has_pieces else []))
+    return ByNeuron.of(rows.sort_by([(name, "ascending") for name in order]))
 
 
 def _checked(

@@ -48,6 +48,17 @@ class CardQuery(BaseModel):
     """The range table whose ranges stand in the card: an id, or latest."""
 
 
+class RangePiece(BaseModel):
+    """One of the intervals of a range. A null bounds nothing."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    lower: float | None
+    upper: float | None
+    posterior: float
+    """The probability of the concept, given that the value lies in the interval."""
+
+
 class TableRange(BaseModel):
     """What the range table says of a neuron under a concept; nulls where the neuron is not salient for it."""
 
@@ -58,7 +69,11 @@ class TableRange(BaseModel):
     rank: int | None = None
     """1: the most salient neuron of its layer, by the table's own method."""
     lower: float | None = None
+    """Where the range begins; null where nothing bounds it."""
     upper: float | None = None
+    """Where it ends."""
+    pieces: list[RangePiece] | None = None
+    """The intervals that the range consists of, ascending; null for a table of method paper, whose ranges are one."""
 
 
 class ConceptCard(BaseModel):
@@ -184,7 +199,7 @@ def card_of(found: Found, *, tau: float | None = None, concepts: Sequence[str] =
         unit=found.table.header.unit,
         tau=half_width,
         concepts=[
-            _concept_card(concept, half_width, cards.get(concept, {}), ranges.get(concept))
+            _concept_card(concept, half_width, cards.get(concept, {}), ranges.get(concept, []))
             for concept in found.concepts
             if concept in chosen
         ],
@@ -196,16 +211,27 @@ def card_of(found: Found, *, tau: float | None = None, concepts: Sequence[str] =
     )
 
 
-def _concept_card(concept: str, tau: float, said: Mapping[str, Any], in_table: Mapping[str, Any] | None) -> ConceptCard:
-    if not said and in_table is not None:
-        said = {name: in_table[name] for name in ("n", "mean", "std", "mean_abs")}
+def _concept_card(
+    concept: str, tau: float, said: Mapping[str, Any], in_table: Sequence[Mapping[str, Any]]
+) -> ConceptCard:
+    if not said and in_table:
+        said = {name: in_table[0][name] for name in ("n", "mean", "std", "mean_abs")}
     mean, std = said.get("mean"), said.get("std")
     ends = {} if mean is None or std is None else {"lower": mean - tau * std, "upper": mean + tau * std}
-    if in_table is None:
-        table_range = TableRange(salient=False)
-    else:
-        table_range = TableRange(salient=True, rank=in_table["rank"], lower=in_table["lower"], upper=in_table["upper"])
-    return ConceptCard(**{**said, **ends, "concept": concept, "range": table_range})
+    return ConceptCard(**{**said, **ends, "concept": concept, "range": _table_range(in_table)})
+
+
+def _table_range(rows: Sequence[Mapping[str, Any]]) -> TableRange:
+    """Of a neuron's rows under one concept, ascending; none where it is not salient."""
+    if not rows:
+        return TableRange(salient=False)
+    return TableRange(
+        salient=True,
+        rank=rows[0]["rank"],
+        lower=rows[0]["lower"],
+        upper=rows[-1]["upper"],
+        pieces=[RangePiece.model_validate(row) for row in rows] if "piece" in rows[0] else None,
+    )
 
 
 def _check_concepts(asked: Sequence[str], found: Found) -> None:

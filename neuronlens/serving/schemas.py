@@ -54,8 +54,9 @@ class Rule(programs.Rule):
     """What is done to the values that belong to one concept.
 
     Inside the range, x becomes: zero: 0; mean: the concept's mean; set: `value`; dampen: `factor` * x; adaptive:
-    x * `factor` * |x - centre| / half width. Left out or null, layers, hook_points, neurons and top_fraction mean all
-    that the table has, and tau the table's own bounds.
+    x * `factor` * |x - centre| / half width; soften: x * (1 - posterior), for tables of any method but paper, and
+    without tau. Left out or null, layers, hook_points, neurons and top_fraction mean all that the table has, and tau
+    the table's own bounds.
     """
 
     factor: Float | None = Field(default=None, ge=0, le=1)

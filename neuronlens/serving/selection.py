@@ -54,7 +54,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConceptRanges:
-    """How much a table holds of one concept."""
+    """How much a table holds of one concept. A range that is several pieces counts once."""
 
     concept: str
     ranges: int
@@ -104,12 +104,17 @@ class TableIndex:
         return [
             ConceptRanges(
                 concept=concept,
-                ranges=sum(run.stop - run.start for run in runs),
+                ranges=sum(map(self._n_ranges, runs)),
                 layers=tuple(sorted({run.layer for run in runs})),
                 hook_points=tuple(sorted({run.hook_point for run in runs})),
             )
             for concept, runs in sorted(runs_of.items())
         ]
+
+    def _n_ranges(self, run: Run) -> int:
+        if not self.table.has_pieces:
+            return run.stop - run.start
+        return int(np.count_nonzero(self.table.rows["piece"].slice(run.start, run.stop - run.start).to_numpy() == 0))
 
     def select(self, filters: Filters) -> pa.Table:
         """The rows that fit, in the table's order. None may fit: a neuron that is salient for nothing has no range.

@@ -15,6 +15,10 @@ from neuronlens.serving.errors import ApiError
 from neuronlens.serving.schemas import AppliedIntervention, Intervention
 
 _KEPT_BYTES = 512 << 20
+_NEED_RANGES = {
+    "adaptive": "divides by the width of a range",
+    "soften": "multiplies by 1 - the posterior of a range",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,8 +138,8 @@ def _compiled(table: RangeTable, asked: Intervention) -> Steered:
 
 def _whole(rule: Rule) -> Rule:
     """The rule over every value of its neurons."""
-    if rule.action == "adaptive":
-        raise _refused('Action adaptive divides by the width of a range, and mode "neuron" has none. Take dampen.')
+    if rule.action in _NEED_RANGES:
+        raise _refused(f'Action {rule.action} {_NEED_RANGES[rule.action]}, and mode "neuron" has none. Take dampen.')
     return Rule.parse({**rule.model_dump(), "tau": math.inf})
 
 

@@ -36,7 +36,7 @@ class TableDetail(TableSummary):
 
 
 class ConceptSummary(BaseModel):
-    """What a table holds of one concept."""
+    """What a table holds of one concept. A range that is several pieces counts once."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -63,7 +63,7 @@ class RangeRow(BaseModel):
     above. Arrow and Parquet hold the infinity itself.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     hook_point: str
     layer: int
@@ -79,12 +79,21 @@ class RangeRow(BaseModel):
     upper: float | None
 
 
+class RangePiece(RangeRow):
+    """A row of a table of any method but paper, where the range of a neuron may be several intervals."""
+
+    piece: int
+    """The number of the interval, ascending from 0."""
+    posterior: float
+    """The probability of the concept, given that the value lies in the interval."""
+
+
 class RangeList(BaseModel):
-    """Rows of a table, in its order: by hook point, layer, concept and rank. `rows` is how many."""
+    """Rows of a table, in its order: by hook point, layer, concept, rank and piece. `rows` is how many."""
 
     model_config = ConfigDict(extra="forbid")
 
     object: Literal["list"] = "list"
     table: str
     rows: int
-    data: list[RangeRow]
+    data: list[RangeRow | RangePiece]

@@ -24,7 +24,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 import neuronlens
-from neuronlens.ranges import SCHEMA, RangeTable, TableHeader
+from neuronlens.ranges import RangeTable, TableHeader
 from neuronlens.serving.check_upload import cpu_seconds
 from neuronlens.serving.errors import ApiError
 from neuronlens.serving.logs import log
@@ -147,7 +147,7 @@ def _verdict(out: IO[bytes]) -> RangeTable:
         raise _Silent from error
     if verdict["status"] != 200:
         raise ApiError(verdict["status"], verdict["message"], code=verdict["code"])
-    if rows.schema != SCHEMA or rows.num_rows != header.rows:
+    if rows.schema != header.schema_of_rows or rows.num_rows != header.rows:
         raise _Silent
     return RangeTable(header=header, rows=rows.combine_chunks())
 

@@ -27,7 +27,8 @@ class WorkerConfig(BaseModel):
     """What the worker hooks, and for how many programs it has room.
 
     slots: programs at work at the same time. rules: how many rules one program may have. rule_rows: room for the rules
-    of all programs together at one site; each costs 24 bytes a neuron.
+    of all programs together at one site, where a rule takes one for each piece of its ranges; each costs 24 bytes a
+    neuron.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

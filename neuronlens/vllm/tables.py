@@ -1,7 +1,7 @@
 """The rules of every slot at every site, on the device, in arrays that keep their place: a CUDA graph reads them.
 
-Slot 0 is no program. A slot has up to `rules` rules at a site; the rules of all slots share the site's rule rows, of
-which row 0 contains no value.
+Slot 0 is no program. A program has up to `rules` rules, each a row for every piece of its ranges; the programs of all
+slots share a site's `rule_rows`, before which row 0 contains no value.
 """
 
 import itertools
@@ -33,8 +33,8 @@ class SiteTables:
     """The arrays of one site, N neurons of this rank. Rows of numbers_KFN and kinds_K2 as `slot_kernel` has them."""
 
     site: RankSite
-    n_rules_S: Tensor
-    rules_2SR: Tensor
+    n_rows_S: Tensor
+    rows_2SR: Tensor
     named_SN: Tensor
     numbers_KFN: Tensor
     kinds_K2: Tensor
@@ -50,7 +50,7 @@ class SiteTables:
 
         parts = (
             zeros(n_slots, dtype=torch.int64),
-            zeros(2, n_slots, config.rules, dtype=torch.int64),
+            zeros(2, n_slots, config.rule_rows, dtype=torch.int64),
             zeros(n_slots, site.width, dtype=torch.int32),
             zeros(n_rows, N_FIELDS, site.width, dtype=torch.float32),
             zeros(n_rows, 2, dtype=torch.bool),
@@ -60,17 +60,17 @@ class SiteTables:
         return tables
 
     def put(self, slot: int, program: SiteProgram, rows: Sequence[int], dtype: torch.dtype) -> None:
-        """The part of this rank into `slot`, its rules at these rows. Bounds are rounded to the activations' dtype."""
-        part, n_rules = self.site.part, len(program.rule_R)
+        """The part of this rank into `slot`, its rows at these places. Bounds are rounded to the activations' dtype."""
+        part, n_rows = self.site.part, len(rows)
         self.numbers_KFN[list(rows)] = _numbers(program, part, dtype).to(self.numbers_KFN.device)
         self.kinds_K2[list(rows)] = _kinds(program).to(self.kinds_K2.device)
         self.named_SN[slot] = torch.from_numpy(program.named_N[part].astype(np.int32)).to(self.named_SN.device)
-        self.rules_2SR[BANK, slot, :n_rules] = torch.tensor(list(rows), device=self.rules_2SR.device)
-        self.rules_2SR[RULE, slot, :n_rules] = torch.from_numpy(program.rule_R).to(self.rules_2SR.device)
-        self.n_rules_S[slot] = n_rules
+        self.rows_2SR[BANK, slot, :n_rows] = torch.tensor(list(rows), device=self.rows_2SR.device)
+        self.rows_2SR[RULE, slot, :n_rows] = torch.from_numpy(program.rule_R).to(self.rows_2SR.device)
+        self.n_rows_S[slot] = n_rows
 
     def clear(self, slot: int) -> None:
-        self.n_rules_S[slot] = 0
+        self.n_rows_S[slot] = 0
         self.named_SN[slot] = 0
 
 
@@ -82,14 +82,17 @@ class SlotTables:
     ) -> None:
         self.sites = [SiteTables.empty(site, config, device) for site in sites]
         self._dtype = dtype
-        self._max_rules = config.rules
+        self._max_rules, self._n_rows = config.rules, config.rule_rows
         self._index = {(site.hook_point, site.layer): i for i, site in enumerate(sites)}
         self._free = [list(range(config.rule_rows, 0, -1)) for _ in sites]
         self._rows: dict[int, dict[int, list[int]]] = {}
         """Slot -> site -> its rule rows."""
 
     def fault(self, program: Sequence[SiteProgram]) -> str | None:
-        """Why these tables can never hold the program, in a sentence; None where they can."""
+        """Why these tables can never hold the program, in a sentence or two; None where they can."""
+        n_rules = 1 + max(int(part.rule_R.max()) for part in program)
+        if n_rules > self._max_rules:
+            return f"The program has {n_rules} rules, this server's `rules` is {self._max_rules}. Give fewer."
         for part in program:
             index = self._index.get((part.hook_point, part.layer))
             if index is None:
@@ -104,10 +107,11 @@ class SlotTables:
                     f"The table has {part.width} neurons at {part.hook_point} of layer {part.layer}, this model "
                     f"{self.sites[index].site.full_width}."
                 )
-            if len(part.rule_R) > self._max_rules:
+            if len(part.rule_R) > self._n_rows:
                 return (
-                    f"{len(part.rule_R)} rules act on {part.hook_point} of layer {part.layer}, at most "
-                    f"{self._max_rules} may."
+                    f"The program needs {len(part.rule_R)} rows at {part.hook_point} of layer {part.layer}, one for "
+                    f"each piece of its rules' ranges, this server's `rule_rows` is {self._n_rows}. Give fewer rules, "
+                    "take a table with fewer pieces, or start the server with more rule_rows in additional_config."
                 )
         return None
 
@@ -170,14 +174,14 @@ def replace_by_torch(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_TC
     named_TN = tables.named_SN[slot_T] > 0
     counts_TC[:, 0] += (finite_TN & named_TN).sum(dim=1)
     out_TN, decided_TN = x, torch.zeros_like(finite_TN)
-    for r in range(tables.rules_2SR.shape[2]):
-        is_rule_T = tables.n_rules_S[slot_T] > r
-        k_T = torch.where(is_rule_T, tables.rules_2SR[BANK, slot_T, r], 0)
+    for r in range(tables.rows_2SR.shape[2]):
+        is_row_T = tables.n_rows_S[slot_T] > r
+        k_T = torch.where(is_row_T, tables.rows_2SR[BANK, slot_T, r], 0)
         numbers_TFN = tables.numbers_KFN[k_T]
         inside_TN = (x >= numbers_TFN[:, LOWER]) & (x <= numbers_TFN[:, UPPER]) & ~decided_TN
         out_TN = torch.where(inside_TN, _replaced(x, numbers_TFN, tables.kinds_K2[k_T]), out_TN)
         decided_TN = decided_TN | inside_TN
-        column_T = 1 + torch.where(is_rule_T, tables.rules_2SR[RULE, slot_T, r], 0)
+        column_T = 1 + torch.where(is_row_T, tables.rows_2SR[RULE, slot_T, r], 0)
         n_inside_T1 = (inside_TN & finite_TN).sum(dim=1, keepdim=True, dtype=torch.int32)
         counts_TC.scatter_add_(1, column_T[:, None], n_inside_T1)
     x_TN.copy_(out_TN)
@@ -203,6 +207,6 @@ def _numbers(program: SiteProgram, part: slice, dtype: torch.dtype) -> Tensor:
 
 def _kinds(program: SiteProgram) -> Tensor:
     """[R, 2] bool: constant, adaptive."""
-    n_rules = len(program.rule_R)
-    adaptive_R = np.zeros(n_rules, bool) if program.g_RN is None else program.g_RN.any(axis=1)
+    n_rows = len(program.rule_R)
+    adaptive_R = np.zeros(n_rows, bool) if program.g_RN is None else program.g_RN.any(axis=1)
     return torch.from_numpy(np.stack([program.constant_R, adaptive_R], axis=1))

@@ -27,10 +27,10 @@ def replace_by_triton(x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_T
         x_TN.stride(0),
         n_neurons,
         slot_T,
-        tables.n_rules_S,
-        tables.rules_2SR,
-        tables.rules_2SR.stride(0),
-        tables.rules_2SR.stride(1),
+        tables.n_rows_S,
+        tables.rows_2SR,
+        tables.rows_2SR.stride(0),
+        tables.rows_2SR.stride(1),
         tables.named_SN,
         tables.numbers_KFN,
         tables.kinds_K2.view(torch.uint8),
@@ -48,10 +48,10 @@ def _replace(  # type: ignore[no-untyped-def]
     x_stride,
     n_neurons,
     slot_ptr,
-    n_rules_ptr,
-    rules_ptr,
-    rules_stride_2,
-    rules_stride_S,
+    n_rows_ptr,
+    rows_ptr,
+    rows_stride_2,
+    rows_stride_S,
     named_ptr,
     numbers_ptr,
     kinds_ptr,
@@ -66,8 +66,8 @@ def _replace(  # type: ignore[no-untyped-def]
     slot = tl.load(slot_ptr + token).to(tl.int64)
     if slot != 0:
         # Loads that wait for one another are most of the time on a few tokens: what can be asked for is asked for.
-        n_rules = tl.load(n_rules_ptr + slot)
-        first_row = tl.load(rules_ptr + slot * rules_stride_S)
+        n_rows = tl.load(n_rows_ptr + slot)
+        first_row = tl.load(rows_ptr + slot * rows_stride_S)
         column = tl.arange(0, N_COUNTS)
         counted = tl.zeros([N_COUNTS], dtype=tl.int32)
         for i in range(N_BLOCKS):
@@ -81,15 +81,15 @@ def _replace(  # type: ignore[no-untyped-def]
             out = x
             decided = neuron < 0
             row = first_row
-            for r in range(n_rules):
+            for r in range(n_rows):
                 numbers = numbers_ptr + row * 6 * n_neurons + neuron
                 lower = tl.load(numbers, mask=here, other=float("inf"))
                 upper = tl.load(numbers + n_neurons, mask=here, other=-float("inf"))
                 b = tl.load(numbers + 3 * n_neurons, mask=here, other=0.0)
                 is_constant = tl.load(kinds_ptr + row * 2)
                 is_adaptive = tl.load(kinds_ptr + row * 2 + 1)
-                rule = tl.load(rules_ptr + rules_stride_2 + slot * rules_stride_S + r)
-                row = tl.load(rules_ptr + slot * rules_stride_S + r + 1, mask=r + 1 < n_rules, other=0)
+                rule = tl.load(rows_ptr + rows_stride_2 + slot * rows_stride_S + r)
+                row = tl.load(rows_ptr + slot * rows_stride_S + r + 1, mask=r + 1 < n_rows, other=0)
                 inside = (x >= lower) & (x <= upper) & (decided == 0)
                 new = b
                 if is_constant == 0:

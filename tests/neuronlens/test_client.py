@@ -15,8 +15,8 @@ import neuronlens
 from neuronlens import client as client_module
 from neuronlens.client import Client, read_key
 from neuronlens.errors import RunFailed, UsageError
-from neuronlens.ranges import SCHEMA, RangeTable
-from tests.range_tables import row, table_of
+from neuronlens.ranges import PIECES_SCHEMA, SCHEMA, RangeTable
+from tests.range_tables import pieces, row, table_of
 from tests.served import served
 from tests.table_servers import READ_KEY, WRITE_KEY, app_of, service_of_tables
 
@@ -28,6 +28,7 @@ ROWS = [
 ]
 TABLE = table_of(ROWS, widths={"mlp_post": 4, "resid_post": 4})
 NEWER = table_of([row("joy", 0, 1.0, 1.0)])
+PIECES = table_of(pieces("joy", 1, [(-1.0, 0.0, 0.75), (0.5, float("inf"), 1.0)]), method="hpd", options={"mass": 0.9})
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +114,16 @@ def test_download__is_a_table_that_can_be_saved_and_loaded(client: Client, tmp_p
     table = client.table(TABLE.id).download()
     assert (table.header, table.rows) == (TABLE.header, TABLE.rows)
     assert RangeTable.load(table.save(tmp_path)).id == TABLE.id
+
+
+def test_table_with_pieces__is_published_and_downloaded_whole(tmp_path: Path) -> None:
+    with served(app_of(service_of_tables(uploads=tmp_path))) as url, Client(url, WRITE_KEY) as client:
+        assert client.publish(PIECES) == PIECES.id
+        table = client.table(PIECES.id)
+        assert table.header == PIECES.header
+        assert table.to_arrow("joy").equals(PIECES.rows)
+        assert table.to_arrow(layers=[]).schema == PIECES_SCHEMA
+        assert table.download().rows.equals(PIECES.rows)
 
 
 def test_download__refuses_what_is_not_the_table(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from neuronlens.models import LoadedModel, load_model
 from neuronlens.programs import Rule
 from neuronlens.ranges import RangeTable, TableModel
 from tests.by_hand import HIDDEN, ZeroInside
-from tests.range_tables import apply_by_hand, pieces, random_pieces, row, table_of
+from tests.range_tables import RULES_ON_PIECES, apply_by_hand, pieces, random_pieces, row, table_of
 from tests.tiny_models import D_MLP, D_MODEL, save_tiny, tiny_model, tiny_tokenizer
 
 INF, NAN = math.inf, math.nan
@@ -62,14 +62,6 @@ def of_neuron_0(
     x_BTN = torch.zeros(1, len(values), WIDTH, dtype=dtype)
     x_BTN[0, :, 0] = torch.tensor(values, dtype=dtype)
     return run(table, rules, x_BTN)[0][0, :, 0].tolist()
-
-
-RULES_ON_PIECES: list[list[dict[str, Any]]] = [
-    [{"concept": "joy", "action": "soften"}],
-    [{"concept": "anger"}],
-    [{"concept": "joy", "action": "adaptive", "factor": 0.5}, {"concept": "anger", "action": "soften"}],
-    [{"concept": "anger", "action": "mean", "tau": 1.5}, {"concept": "joy", "action": "dampen", "factor": 0.5}],
-]
 
 
 JOY = row("joy", 0, 1.0, 0.4)  # the range is [0, 2]
@@ -377,8 +369,7 @@ def test_intervene__softens_each_piece_by_its_own_posterior() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_intervene__replaces_inside_any_piece_what_the_rules_say(seed: int) -> None:
     width = 23
-    rows = random_pieces(seed, width=width, concepts=("joy", "anger"), hook_point="resid_post")
-    rows = [r if r["concept"] == "joy" else {**r, "mean": -r["mean"]} for r in rows]
+    rows = random_pieces(seed, width=width, concepts=("joy", "fear"), hook_point="resid_post")
     table = table_of(rows, widths={"resid_post": width}, method="hpd", top_fraction=1.0)
     rules = RULES_ON_PIECES[seed % len(RULES_ON_PIECES)]
     x_BTN = torch.from_numpy(np.random.default_rng(seed).normal(size=(2, 6, width))).float()

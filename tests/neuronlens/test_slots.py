@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neuronlens.interventions import apply
 from neuronlens.programs import Program
 from neuronlens.slots import ProgramSlots
-from tests.range_tables import row, table_of
+from tests.range_tables import RULES_ON_PIECES, apply_by_hand, random_pieces, row, table_of
 
 WIDTH = 37
 OVERRIDES = {"resid_post": "layers.{layer}:output"}
@@ -103,6 +103,29 @@ def test_slots__give_every_row_what_its_program_gives_alone(dtype, by_torch, see
         assert torch.equal(out_BTN[b].nan_to_num(-99), expected[0].nan_to_num(-99)), f"row {b}, program {i}"
         assert (counts_BC[b, 0], counts_BC[b, 1:].sum()) == (tested, changed)
     assert torch.equal(x_BTN.nan_to_num(-99), before_BTN.nan_to_num(-99)), "the model's own tensor was written into"
+
+
+@pytest.mark.parametrize("by_torch", [False, True], ids=["compiled", "torch"])
+@pytest.mark.parametrize("seed", range(4))
+def test_slots__replace_inside_any_piece_what_the_rules_say(by_torch, seed):
+    rows = random_pieces(seed, width=WIDTH, concepts=("joy", "fear"), hook_point="resid_post")
+    table = table_of(rows, widths={"resid_post": WIDTH}, method="likelihood_ratio", top_fraction=1.0)
+    slots = ProgramSlots(len(RULES_ON_PIECES))
+    slot_of = [0] + [slots.load(Program.compile(table, rules)) for rules in RULES_ON_PIECES]
+    chosen = np.random.default_rng(seed).integers(0, len(slot_of), size=8).tolist()
+    x_BTN = values((8, 3, WIDTH), torch.float32, seed)
+    step = slots.step([slot_of[i] for i in chosen], torch.ones(8, 3, dtype=torch.bool), by_torch=by_torch)
+    assert step is not None
+    out_BTN = step.run("resid_post", 0, x_BTN)
+    assert out_BTN is not None
+    for b, i in enumerate(chosen):
+        rules = RULES_ON_PIECES[i - 1] if i else []
+        counts = np.zeros(step.counts().shape[1], int)
+        for x_N, out_N in zip(x_BTN[b].numpy(), out_BTN[b].numpy(), strict=True):
+            expected_N, n_tested, changed = apply_by_hand(rows, rules, x_N)
+            np.testing.assert_allclose(out_N, expected_N, rtol=2e-6, atol=1e-6)
+            counts[: 1 + len(rules)] += [n_tested, *changed]
+        assert step.counts()[b].tolist() == counts.tolist()
 
 
 def test_slots__count_what_each_rule_changed_in_the_rules_order():

@@ -123,14 +123,16 @@ def _known_rule(rule: dict[str, Any]) -> dict[str, Any]:
     """Fields that fit the action, as no schema says it."""
     rule = dict(rule)
     action = rule.get("action", "zero")
-    if action in ("zero", "mean", "dampen", "adaptive") and _is_number(rule.get("value")):
+    if action in ("zero", "mean", "dampen", "adaptive", "soften") and _is_number(rule.get("value")):
         del rule["value"]
-    if action in ("zero", "mean", "set") and _is_number(rule.get("factor")) and 0 <= rule["factor"] <= 1:
+    if action in ("zero", "mean", "set", "soften") and _is_number(rule.get("factor")) and 0 <= rule["factor"] <= 1:
         del rule["factor"]
     if action == "set" and rule.get("value") is None:
         rule["value"] = 1.0
     if action == "dampen" and rule.get("factor") is None:
         rule["factor"] = 0.5
+    if action == "soften" and _is_number(rule.get("tau")) and rule["tau"] > 0:
+        del rule["tau"]
     if rule.get("neurons") and rule.get("layers") is None:
         rule["layers"] = [0]
     return rule

@@ -30,7 +30,7 @@ from neuronlens.store import Store
 from pipeline.driver import Silent
 from pipeline.emit import emit_table
 from pipeline.statistics import compute_statistics_here
-from tests.range_tables import row, table_of
+from tests.range_tables import pieces, row, table_of
 from tests.report_stores import arrays, write_report_store
 from tests.served import served
 from tests.synthetic_store import bins_of, moments_of
@@ -187,7 +187,7 @@ def test_card__holds_the_ranges_of_the_table(client, store, values, neuron):
         x, said = values[concept][1, :, neuron].astype(float), of(found, concept)
         place = ranking(values[concept][1]).index(neuron) + 1
         if place > math.floor(TOP * WIDTH):
-            assert said["range"] == {"salient": False, "rank": None, "lower": None, "upper": None}
+            assert said["range"] == {"salient": False, "rank": None, "lower": None, "upper": None, "pieces": None}
             continue
         ends = (x.mean() - 2.5 * x.std(), x.mean() + 2.5 * x.std())
         assert said["range"]["salient"]
@@ -309,12 +309,29 @@ def test_card__of_a_table_alone_says_what_its_rows_say(tmp_path):
         joy, anger = of(found, "joy"), of(found, "anger")
         assert (joy["n"], joy["mean"], joy["std"], joy["mean_abs"]) == (10, 1.0, 0.5, 1.0)
         assert (joy["lower"], joy["upper"]) == (0.0, 2.0)
-        assert joy["range"] == {"salient": True, "rank": 1, "lower": -0.25, "upper": 2.25}
+        assert joy["range"] == {"salient": True, "rank": 1, "lower": -0.25, "upper": 2.25, "pieces": None}
         assert {joy[name] for name in ("min", "p50", "ks", "kurtosis", "nearest", "mean_ovl", "rank")} == {None}
         assert anger["upper"] == -0.5
         nowhere = card(client, "mlp_post/4/2")
         assert {row["mean"] for row in nowhere["concepts"]} == {None}
         assert refused(client, "mlp_post/5/2")[1].endswith("Layers: 3, 4.")
+
+
+def test_card__of_a_table_with_pieces_has_them_all(tmp_path):
+    bounds = [(-math.inf, -1.0, 0.75), (0.5, 1.0, 0.5), (2.0, 3.0, 1.0)]
+    rows = [*pieces("joy", 2, bounds, rank=3), *pieces("anger", 2, [(0.0, 1.0, 0.25)]), *pieces("joy", 1, bounds[:2])]
+    folder = table_of(rows[::-1], method="hpd").save(tmp_path)
+    with asking(tables=(Path(folder),)) as client:
+        found = card(client, "mlp_post/0/2", tau=2)
+        joy, anger = of(found, "joy"), of(found, "anger")
+        expected = [
+            {"lower": lower if math.isfinite(lower) else None, "upper": upper, "posterior": posterior}
+            for lower, upper, posterior in bounds
+        ]
+        assert joy["range"] == {"salient": True, "rank": 3, "lower": None, "upper": 3.0, "pieces": expected}
+        assert (joy["n"], joy["mean"], joy["lower"], joy["upper"]) == (10, 0.5, -0.5, 1.5)
+        assert anger["range"]["pieces"] == [{"lower": 0.0, "upper": 1.0, "posterior": 0.25}]
+        assert not of(card(client, "mlp_post/0/1"), "anger")["range"]["salient"]
 
 
 def test_card__comes_from_the_first_store_of_the_tables_model(copy, tmp_path, values):

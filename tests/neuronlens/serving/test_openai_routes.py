@@ -14,9 +14,11 @@ import openai
 import pytest
 
 from neuronlens import intervene
+from neuronlens.ranges import RangeTable
 from neuronlens.serving.settings import Limits
 from tests.neuronlens.serving.text_server import TextServer, text_server
 from tests.neuronlens.serving.tiny_engine import RULES, alone
+from tests.range_tables import RULES_ON_PIECES
 from tests.tiny_models import D_MLP, SENTENCES, WINDOW
 
 JOY = {"concept": "joy", "hook_points": ["mlp_post"]}
@@ -59,12 +61,14 @@ def text_of(server: TextServer, ids: list[int]) -> str:
     return str(server.loaded.tokenizer.decode([i for i in ids if i not in (0, 1, 2)]))
 
 
-def expected(server: TextServer, prompt: str, n: int, rules: Any) -> tuple[str, int, int]:
+def expected(
+    server: TextServer, prompt: str, n: int, rules: Any, table: RangeTable | None = None
+) -> tuple[str, int, int]:
     """The text of the bare model, and what `neuronlens.intervene` counted."""
     prompt_ids = server.loaded.tokenizer(prompt)["input_ids"]
     if rules is None:
         return text_of(server, alone(server.loaded, prompt_ids, n, None)[0]), 0, 0
-    with intervene(server.loaded, server.table, rules) as applied:
+    with intervene(server.loaded, table or server.table, rules) as applied:
         ids, _, _ = alone(server.loaded, prompt_ids, n, None)
     return text_of(server, ids), applied.tested, applied.changed
 
@@ -98,6 +102,41 @@ def test_completion__says_what_the_bare_model_says_under_intervene(server, rules
             assert sum(said.intervention["changed_by_rule"]) == changed
             assert said.intervention["table"] == server.table.id
     assert rules or not hasattr(answer, "intervention") or answer.intervention is None
+
+
+@pytest.mark.parametrize("rules", RULES_ON_PIECES)
+def test_completion__of_a_table_with_pieces_says_what_the_bare_model_says(server, rules):
+    text, tested, changed = expected(server, PROMPT, 12, rules, server.pieces)
+    answer = complete(server.client(), extra_body=intervention(rules, table=server.pieces.id))
+    assert answer.choices[0].text == text != expected(server, PROMPT, 12, None)[0]
+    said = answer.intervention
+    assert (said["tested"], said["changed"]) == (tested, changed)
+    assert len(said["changed_by_rule"]) == len(rules)
+    assert said["neurons"] == len({tuple(r[name] for name in ("hook_point", "layer", "neuron"))
+                                   for r in server.pieces.rows.to_pylist()
+                                   if r["concept"] in {rule["concept"] for rule in rules}})  # fmt: skip
+
+
+def test_soften__is_refused_without_posteriors_and_for_whole_neurons(server):
+    soften = [{"concept": "joy", "action": "soften"}]
+    said = refusal(complete, client=server.client(), extra_body=intervention(soften))
+    assert said.status_code == 400
+    assert "Make one that has: neuronlens ranges STORE --method likelihood_ratio" in said.message
+    said = refusal(
+        complete, client=server.client(), extra_body=intervention(soften, table=server.pieces.id, mode="neuron")
+    )
+    assert 'Action soften multiplies by 1 - the posterior of a range, and mode "neuron" has none.' in said.message
+
+
+def test_conflicts__are_between_rules_not_between_pieces(server):
+    def asked(*concepts: str) -> dict[str, Any]:
+        rules = [{"concept": concept} for concept in concepts]
+        return intervention(rules, table=server.pieces.id, conflicts="refuse")
+
+    assert complete(server.client(), extra_body=asked("joy")).intervention["changed"] > 0
+    assert (
+        "Rules 0 and 1 disagree" in refusal(complete, client=server.client(), extra_body=asked("joy", "fear")).message
+    )
 
 
 def test_many_clients__get_what_each_gets_alone(server):

@@ -19,9 +19,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from neuronlens.ranges import SCHEMA, RangeTable
+from neuronlens.ranges import PIECES_SCHEMA, SCHEMA, RangeTable
 from neuronlens.serving.representations import ROWS_PER_PIECE
-from tests.range_tables import large_table, row, table_of
+from tests.range_tables import large_table, pieces, row, table_of
 from tests.table_servers import READ_KEY, WRITE_KEY, app_of, service_of_tables, table_server
 
 READER, WRITER = ({"Authorization": f"Bearer {key}"} for key in (READ_KEY, WRITE_KEY))
@@ -38,8 +38,11 @@ ROWS = [
 ]
 TABLE = table_of(ROWS, widths={"mlp_post": 4, "resid_post": 4})
 OLDER = table_of([row("joy", 0, 1.0, 1.0)])
-
-
+PIECES = table_of(
+    [*pieces("joy", 1, [(-INF, -1.0, 0.75), (1 / 3, INF, 1.0)]), *pieces("joy", 0, [(0.0, 1.0, 0.0)], rank=2)],
+    method="budget",
+    options={"budget": 0.02},
+)
 MANY = large_table(3 * ROWS_PER_PIECE + 5)
 """More rows than one piece holds."""
 
@@ -47,7 +50,7 @@ MANY = large_table(3 * ROWS_PER_PIECE + 5)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tables")
-    for age, table in enumerate((MANY, OLDER, TABLE)):
+    for age, table in enumerate((PIECES, MANY, OLDER, TABLE)):
         stamp = 1_700_000_000 + 100 * age
         os.utime(Path(table.save(root)) / "table.json", (stamp, stamp))
     return root
@@ -84,11 +87,11 @@ def data_path(table: RangeTable = TABLE) -> str:
 def test_tables__are_listed_newest_first(get) -> None:
     answer = get("/v1/tables").json()
     assert answer["object"] == "list"
-    assert [table["id"] for table in answer["data"]] == [TABLE.id, OLDER.id, MANY.id]
+    assert [table["id"] for table in answer["data"]] == [TABLE.id, OLDER.id, MANY.id, PIECES.id]
     assert answer["data"][0] == {
         "object": "table",
         "id": TABLE.id,
-        "created": 1_700_000_200,
+        "created": 1_700_000_300,
         "header": TABLE.header.model_dump(),
     }
 
@@ -111,6 +114,17 @@ def test_concepts__are_counted(get) -> None:
     ]
 
 
+def test_table__with_pieces_says_its_method_and_counts_a_range_once(get) -> None:
+    header = get(f"/v1/tables/{PIECES.id}").json()["header"]
+    assert (header["format_version"], header["method"], header["options"]) == (2, "budget", {"budget": 0.02})
+    assert get(f"/v1/tables/{PIECES.id}/concepts").json()["data"] == [
+        {"concept": "joy", "ranges": 2, "layers": [0], "hook_points": ["mlp_post"]}
+    ]
+    rows = get(data_path(PIECES), params={"top_fraction": 0.25}).json()["data"]
+    found = [(r["neuron"], r["piece"], r["lower"], r["upper"], r["posterior"]) for r in rows]
+    assert found == [(1, 0, None, -1.0, 0.75), (1, 1, 1 / 3, None, 1.0)]
+
+
 def test_table__that_is_not_there_is_404_with_those_that_are(get) -> None:
     for path in ("", "/concepts", "/data"):
         response = get(f"/v1/tables/tbl_{'0' * 16}{path}")
@@ -127,22 +141,22 @@ def test_tables__never_name_a_folder_of_the_server(get, folder: Path) -> None:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("table", [TABLE, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("table", [TABLE, MANY, PIECES], ids=["few", "many", "pieces"])
 def test_data__as_arrow_is_the_file(get, folder: Path, table: RangeTable) -> None:
     response = get(data_path(table), headers={"Accept": ARROW})
     assert response.headers["Content-Type"] == ARROW
-    assert from_arrow(response.content).schema == SCHEMA
+    assert from_arrow(response.content).schema == (PIECES_SCHEMA if table is PIECES else SCHEMA)
     assert from_arrow(response.content).to_pylist() == stored(folder, table)
 
 
-@pytest.mark.parametrize("table", [TABLE, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("table", [TABLE, MANY, PIECES], ids=["few", "many", "pieces"])
 def test_data__as_parquet_is_the_file(get, folder: Path, table: RangeTable) -> None:
     response = get(data_path(table), params={"format": "parquet"})
     assert response.headers["Content-Type"] == PARQUET
     assert pq.read_table(io.BytesIO(response.content)).to_pylist() == stored(folder, table)
 
 
-@pytest.mark.parametrize("table", [TABLE, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("table", [TABLE, MANY, PIECES], ids=["few", "many", "pieces"])
 def test_data__as_json_is_the_file_with_null_for_what_is_not_bounded(get, folder: Path, table: RangeTable) -> None:
     response = get(data_path(table))
     assert response.headers["Content-Type"] == "application/json"
@@ -354,7 +368,7 @@ def test_tables__that_were_there_are_there_after_a_restart_and_damage_is_no_5xx(
         listed = [table["id"] for table in httpx.get(f"{url}/v1/tables", headers=READER).json()["data"]]
         damaged = httpx.get(f"{url}{data_path()}", headers=READER)
         latest = httpx.get(f"{url}/v1/tables/latest/data", headers=READER)
-    assert set(listed) == {OLDER.id, MANY.id}
+    assert set(listed) == {OLDER.id, MANY.id, PIECES.id}
     assert (damaged.status_code, damaged.json()["error"]["code"]) == (409, "table_damaged")
     assert latest.headers["Content-Location"] == f"/v1/tables/{OLDER.id}/data"
 

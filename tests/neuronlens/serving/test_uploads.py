@@ -23,7 +23,7 @@ from neuronlens.serving.errors import ApiError
 from neuronlens.serving.settings import Limits
 from neuronlens.serving.uploads import check, check_model
 from tests.bad_tables import BAD, GOOD, GOOD_JSON, GOOD_PARQUET, flipped
-from tests.range_tables import large_table, row, table_of
+from tests.range_tables import large_table, large_table_with_pieces, row, table_of
 from tests.table_servers import WRITE_KEY, table_server
 
 WRITER = {"Authorization": f"Bearer {WRITE_KEY}"}
@@ -59,6 +59,12 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_check__gives_the_table_that_was_sent() -> None:
     table = checked(GOOD_JSON, GOOD_PARQUET)
     assert (table.header, table.rows) == (GOOD.header, GOOD.rows)
+
+
+def test_check__takes_a_table_with_pieces_of_many_rows() -> None:
+    table = large_table_with_pieces(50_000)
+    found = checked(table.header_json(), table.rows_parquet())
+    assert (found.header, found.rows) == (table.header, table.rows)
 
 
 def test_check__takes_names_of_many_bytes_in_many_rows() -> None:

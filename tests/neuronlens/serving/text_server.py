@@ -21,7 +21,7 @@ from neuronlens.serving.metrics import Metrics
 from neuronlens.serving.service import Service
 from neuronlens.serving.settings import Limits, Settings
 from neuronlens.serving.transformers_engine import TransformersEngine
-from tests.neuronlens.serving.tiny_engine import wide_table
+from tests.neuronlens.serving.tiny_engine import table_with_pieces, wide_table
 from tests.served import served
 from tests.tiny_models import save_tiny
 
@@ -34,6 +34,8 @@ class TextServer:
     name: str
     loaded: LoadedModel
     table: RangeTable
+    pieces: RangeTable
+    """Another table of the model, with pieces."""
     engine: TransformersEngine
     service: Service
 
@@ -55,9 +57,11 @@ def text_server(
     model = save_tiny(folder / "tiny", architecture)
     config_hash = model_identity(str(model)).config_hash
     table = wide_table(config_hash)
-    of_another_model = wide_table("another" + "0" * 25).save(folder)
-    os.utime(Path(of_another_model) / "table.json", (0, 0))  # the other one is the latest
-    catalog = Catalog([table.save(folder), of_another_model])
+    pieces = table_with_pieces(config_hash)
+    others = [other.save(folder) for other in (wide_table("another" + "0" * 25), pieces)]
+    for other in others:
+        os.utime(Path(other) / "table.json", (0, 0))  # `table` is the latest
+    catalog = Catalog([table.save(folder), *others])
     limits = limits or Limits()
     engine = TransformersEngine.load(str(model), limits=limits, max_batch=max_batch)
     if seconds_a_step:
@@ -74,5 +78,11 @@ def text_server(
     )
     with served(create_app(service)) as url:
         yield TextServer(
-            url=url, name="tiny", loaded=load_model(str(model)), table=table, engine=engine, service=service
+            url=url,
+            name="tiny",
+            loaded=load_model(str(model)),
+            table=table,
+            pieces=pieces,
+            engine=engine,
+            service=service,
         )

@@ -16,7 +16,7 @@ from neuronlens.programs import Program
 from neuronlens.ranges import RangeTable, TableModel
 from neuronlens.serving.batcher import Batcher, Row
 from neuronlens.serving.engine import Counts, Delta, Generation, GenerationFailed, Sampling
-from tests.range_tables import row, table_of
+from tests.range_tables import random_pieces, row, table_of
 from tests.tiny_models import D_MLP, D_MODEL, N_LAYERS, tiny_model, tiny_tokenizer
 
 EOS = frozenset({1})
@@ -43,6 +43,19 @@ def wide_table(config_hash: str = "c" * 16) -> RangeTable:
     widths = {"mlp_post": D_MLP, "resid_post": D_MODEL}
     model = TableModel(id="tiny", revision=None, config_hash=config_hash)
     return table_of(rows, widths=widths, top_fraction=1.0, model=model)
+
+
+@lru_cache(maxsize=4)
+def table_with_pieces(config_hash: str = "c" * 16) -> RangeTable:
+    """Ranges of up to four pieces, with posteriors, at two hook points of both layers."""
+    widths = {"mlp_post": D_MLP, "resid_post": D_MODEL}
+    rows = [
+        row
+        for seed, (site, width) in enumerate(widths.items())
+        for row in random_pieces(seed, width=width, concepts=("joy", "fear"), layers=range(N_LAYERS), hook_point=site)
+    ]
+    model = TableModel(id="tiny", revision=None, config_hash=config_hash)
+    return table_of(rows, widths=widths, top_fraction=1.0, model=model, method="likelihood_ratio")
 
 
 RULES: tuple[list[dict[str, Any]] | None, ...] = (

@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from neuronlens.programs import Program
 from neuronlens.vllm import tables
+from neuronlens.vllm.config import WorkerConfig
 from neuronlens.vllm.tables import NoRoom, ReplaceByNumba, SlotTables, replace_by_torch
+from neuronlens.vllm.wire import pack, unpack
 from tests.neuronlens.vllm.boards import CONFIG, RULES, board, by_hand, program, rank_site, values
+from tests.range_tables import RULES_ON_PIECES, apply_by_hand, pieces, random_pieces, table_of
 
 WAYS = {"numba": ReplaceByNumba(1), "three threads": ReplaceByNumba(3), "torch": replace_by_torch}
 
@@ -33,6 +37,33 @@ def test_replace__does_to_each_token_what_its_own_program_says(way, dtype, monke
         np.testing.assert_allclose(x_TN[t].double().numpy(), rounded, rtol=1e-6 if dtype is torch.float32 else 1e-2)
         expected_counts[slot, : len(counts)] += counts
         assert slot == 0 or not np.array_equal(expected, before[t], equal_nan=True)
+    np.testing.assert_array_equal(made.counts_UC.numpy(), expected_counts)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("seed", range(3))
+def test_replace__does_inside_any_piece_what_the_rules_say(way, seed):
+    """Through the wire too, and against the words of the rules, not against the program's arrays."""
+    width, n_tokens = 19, 12
+    config = WorkerConfig(slots=len(RULES_ON_PIECES), rules=3, rule_rows=40)
+    rows = random_pieces(seed, width=width, concepts=("joy", "fear"))
+    table = table_of(rows, widths={"mlp_post": width}, method="likelihood_ratio", top_fraction=1.0)
+    made, _ = board([rank_site(width)], config=config)
+    for slot, rules in enumerate(RULES_ON_PIECES, start=1):
+        made.tables.put(slot, unpack(pack(Program.compile(table, rules))))
+    x_TN = values(n_tokens, width, seed)
+    before_TN = x_TN.numpy().copy()
+    slot_T = np.random.default_rng(seed).integers(0, len(RULES_ON_PIECES) + 1, n_tokens)
+    made.host_2T[0, :n_tokens], made.host_2T[1, :n_tokens] = slot_T, slot_T
+    made.seat(n_tokens)
+    WAYS[way](x_TN, made.tables.sites[0], made.slot_T, made.counts_TC)
+    made.rest()
+    expected_counts = np.zeros((9, 1 + config.rules), int)
+    for t, slot in enumerate(slot_T.tolist()):
+        rules = RULES_ON_PIECES[slot - 1] if slot else []
+        expected_N, n_tested, changed = apply_by_hand(rows, rules, before_TN[t])
+        np.testing.assert_allclose(x_TN[t].numpy(), expected_N, rtol=2e-6, atol=1e-6)
+        expected_counts[slot, : 1 + len(rules)] += [n_tested, *changed] if slot else [0]
     np.testing.assert_array_equal(made.counts_UC.numpy(), expected_counts)
 
 
@@ -103,12 +134,32 @@ def test_tables__give_rule_rows_back_and_refuse_what_does_not_fit():
         tables.put(3, three)
     tables.clear(1)
     tables.put(3, three)
-    assert tables.sites[0].n_rules_S.tolist() == [0, 0, 3, 3, 0]
+    assert tables.sites[0].n_rows_S.tolist() == [0, 0, 3, 3, 0]
+
+
+def test_tables__hold_as_many_pieces_as_there_are_rule_rows():
+    def of(n_pieces: int) -> Program:
+        bounds = [(2.0 * i, 2.0 * i + 1, 0.5) for i in range(n_pieces)]
+        return Program.compile(table_of(pieces("joy", 3, bounds), widths={"mlp_post": 8}, method="hpd"), RULES[0])
+
+    tables = SlotTables([rank_site(8)], CONFIG, torch.device("cpu"), torch.float32)
+    assert tables.fault(of(6).sites) is None
+    tables.put(1, of(6).sites)
+    assert tables.sites[0].n_rows_S.tolist() == [0, 6, 0, 0, 0]
+    assert not tables.has_room(of(1).sites)
+    assert tables.fault(of(7).sites) == (
+        "The program needs 7 rows at mlp_post of layer 0, one for each piece of its rules' ranges, this server's "
+        "`rule_rows` is 6. Give fewer rules, take a table with fewer pieces, or start the server with more rule_rows "
+        "in additional_config."
+    )
+    spread_out = [{"concept": "joy", "layers": [layer]} for layer in range(4)]
+    many = SlotTables([rank_site(8, layer) for layer in range(4)], CONFIG, torch.device("cpu"), torch.float32)
+    assert "has 4 rules" in (many.fault(program(spread_out, 8, layers=range(4)).sites) or "")
 
 
 @pytest.mark.parametrize(
     ("wanted", "width", "layer", "n_rules"),
-    [("is not hooked", 8, 5, 1), ("has 9 neurons", 9, 0, 1), ("4 rules act", 8, 0, 4)],
+    [("is not hooked", 8, 5, 1), ("has 9 neurons", 9, 0, 1), ("has 4 rules, this server's `rules` is 3", 8, 0, 4)],
 )
 def test_tables__say_why_a_program_can_never_run(wanted, width, layer, n_rules):
     tables = SlotTables([rank_site(8)], CONFIG, torch.device("cpu"), torch.float32)

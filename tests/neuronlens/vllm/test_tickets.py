@@ -72,7 +72,7 @@ def test_admit__says_busy_and_never_takes_a_slot_that_is_used():
     made, tickets = board([rank_site(WIDTH)])
     for i in range(CONFIG.slots):
         admitted(tickets, f"t{i}", f"p{i}", ONE_RULE[f"p{i}"])
-    before = [part.clone() for part in (made.tables.sites[0].numbers_KFN, made.tables.sites[0].rules_2SR)]
+    before = [part.clone() for part in (made.tables.sites[0].numbers_KFN, made.tables.sites[0].rows_2SR)]
     answer, sentence = tickets.admit("late", "p9", BOTH, ONE_RULE["p9"])
     assert (answer, "4 distinct programs" in sentence) == ("busy", True)
     assert torch.equal(before[0], made.tables.sites[0].numbers_KFN)
