@@ -36,6 +36,8 @@ _FORMULAS = ("macros", "schema")
 _SETUP = (*_FORMULAS, *VIEW_FILES)
 _NAMED_BY_PATH = ("ranges", "partials", "shard_histograms")
 """Kinds whose rows belong to a table or shard that only their path names."""
+_OF_SEVERAL_FORMATS = ("ranges",)
+"""Kinds of which one store may hold files with different columns."""
 _JSON_KINDS = ("commits", "evaluations")
 _OPTIONS = "format parquet, parquet_version v2, compression zstd, compression_level 3, row_group_size 131072"
 """Version 2 writes floats as byte stream split where a dictionary does not pay."""
@@ -107,7 +109,12 @@ def _read_from(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], 
         has_name = columns.pop("filename", None) is not None
         relation = con.read_json(urls, columns=cast(Any, columns), format="auto", filename=has_name)
     else:
-        relation = con.read_parquet(urls, hive_partitioning=kind == "raw", filename=kind in _NAMED_BY_PATH)
+        relation = con.read_parquet(
+            urls,
+            hive_partitioning=kind == "raw",
+            filename=kind in _NAMED_BY_PATH,
+            union_by_name=kind in _OF_SEVERAL_FORMATS,
+        )
     relation.set_alias(kind).create_view(f"{kind}_files", replace=True)
 
 

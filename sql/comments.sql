@@ -200,7 +200,7 @@ comment on column polysemantic.neuron is 'Index of the neuron at its hook point,
 comment on column polysemantic.n_concepts is 'Concepts in whose salient set the neuron stands';
 comment on column polysemantic.concepts is 'Their names';
 
-comment on view ranges is 'The rows of every range table of the store';
+comment on view ranges is 'The rows of every range table of the store: a row per neuron and concept, or one for each piece of its range';
 comment on column ranges.table_id is 'Id of the range table, its content''s hash';
 comment on column ranges.hook_point is 'Where in the layer the values were read: mlp_post, mlp_out, attn_out or resid_post';
 comment on column ranges.layer is 'Layer of the model, from 0';
@@ -212,13 +212,15 @@ comment on column ranges.std is 'Population standard deviation, in units of the 
 comment on column ranges.mean_abs is 'Mean of |x|';
 comment on column ranges.salience is 'Score by the table''s method';
 comment on column ranges.rank is 'Rank by the table''s method, 1 is the most salient';
-comment on column ranges.lower is 'mean - tau * std, inclusive';
-comment on column ranges.upper is 'mean + tau * std, inclusive';
+comment on column ranges.lower is 'Lower end, inclusive: mean - tau * std, or that of the piece';
+comment on column ranges.upper is 'Upper end, inclusive: mean + tau * std, or that of the piece';
+comment on column ranges.piece is 'Number of the piece in the neuron''s range, ascending from 0; NULL where the table''s method is paper, whose ranges are one piece';
+comment on column ranges.posterior is 'Probability of the concept, given that the value lies in the piece; NULL where the table''s method is paper';
 
 comment on view evaluations is 'What erasing a concept did to it and to the others, a row per table, target and condition';
 comment on column evaluations.evaluation_id is 'One table, edit and set of test texts: the name of the file that holds the rows';
 comment on column evaluations.table_id is 'Range table that was evaluated';
-comment on column evaluations.action is 'What was done inside the range: zero, mean, dampen, adaptive or set';
+comment on column evaluations.action is 'What was done inside the range: zero, mean, dampen, adaptive, set or soften';
 comment on column evaluations.factor is 'What dampen and adaptive multiply by';
 comment on column evaluations."value" is 'What set puts in place';
 comment on column evaluations.layers is 'Layers in which it was done; NULL for all of the table''s';

@@ -53,10 +53,11 @@ from overlap_files f;
 create or replace view salience as
 select f.layer, f.hook_point, f.neuron, f.concept, f.method, f.score, f.rank from salience_files f;
 
+-- Where every table is of method paper, the files lack the columns of pieces.
 create or replace view ranges as
 select regexp_extract(filename, 'tbl_\w+') as table_id,
-    hook_point, layer, neuron, concept, n, mean, std, mean_abs, salience, rank, lower, upper
-from ranges_files;
+    hook_point, layer, neuron, concept, n, mean, std, mean_abs, salience, rank, lower, upper, piece, posterior
+from (select null::smallint as piece, null::double as posterior where false union all by name from ranges_files);
 
 create or replace view evaluations as
 select parse_filename(filename, true) as evaluation_id, "table" as table_id, edit.action as action, edit.factor as factor,

@@ -20,8 +20,9 @@ from scipy import stats
 
 import neuronlens
 from neuronlens.lens import Lens, view_script
-from neuronlens.ranges import SCHEMA
+from neuronlens.ranges import PIECES_SCHEMA, SCHEMA
 from neuronlens.store import Store
+from tests.range_tables import pieces
 from tests.synthetic_store import Shard, add_statistics, bin_span, bins_of, moments_of, write, write_store
 
 PAGE = Path(__file__).parents[2] / "docs" / "sql.md"
@@ -151,6 +152,12 @@ def _shards(texts: Texts) -> list[Shard]:
     return [*found, nothing]
 
 
+PIECES = [
+    # neuron of layer 0, pieces for joy, pieces for love
+    (8, [(-3.0, -1.0, 0.5), (1.0, 3.0, 0.5)], [(-0.75, 0.5, 0.75), (3.25, 4.0, 0.5)]),
+    (9, [(-3.0, -1.0, 0.5), (1.0, 3.0, 0.5)], [(-0.5, 0.5, 0.75), (2.0, 4.0, 0.5)]),
+]
+"""A third table's, of another method than paper: those of neuron 9 touch."""
 RANGES = [
     # table, layer, neuron, concept, mean, std
     ("tbl_00000000000000aa", 1, 12, "joy", 2.0, 0.25),
@@ -206,8 +213,14 @@ def _add_tables(root: Path) -> None:
             for table, layer, neuron, concept, mean, std in RANGES
             if table == table_id
         ]
-        write(root / "ranges" / table_id / "ranges.parquet", [pa.Table.from_pylist(rows, schema=SCHEMA)])
-        (root / "ranges" / table_id / "table.json").write_text(json.dumps({"id": table_id}))
+        _write_table(root, table_id, pa.Table.from_pylist(rows, schema=SCHEMA))
+    rows = [r for neuron, joy, love in PIECES for r in (*pieces("joy", neuron, joy), *pieces("love", neuron, love))]
+    _write_table(root, "tbl_00000000000000cc", pa.Table.from_pylist(rows, schema=PIECES_SCHEMA))
+
+
+def _write_table(root: Path, table_id: str, rows: pa.Table) -> None:
+    write(root / "ranges" / table_id / "ranges.parquet", [rows])
+    (root / "ranges" / table_id / "table.json").write_text(json.dumps({"id": table_id}))
 
 
 def _add_evaluations(root: Path) -> None:
@@ -723,6 +736,7 @@ def _disjoint_ranges() -> Rows:
         ("tbl_00000000000000aa", "mlp_post", 2, 5, 0.375, 1.625, 2.375, 3.625, 0.75),
         ("tbl_00000000000000aa", "mlp_post", 1, 12, 1.375, 2.625, -0.125, 1.125, 0.25),
         ("tbl_00000000000000bb", "mlp_post", 2, 5, 0.375, 1.625, 1.6875, 2.3125, 0.0625),
+        ("tbl_00000000000000cc", "mlp_post", 0, 8, -3.0, 3.0, -0.75, 4.0, 0.25),
     ]
 
 

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pytest
 
 from neuronlens.query import attach, connect, run_file, run_to_parquet
+from tests.range_tables import pieces, row, table_of
 from tests.synthetic_store import write_moments
 
 DEFAULTS = {"tau": 2.5, "top_fraction": 0.3, "salience": "mean_abs"}
@@ -125,6 +126,21 @@ def test_ranges__view_names_the_table_of_each_row(tmp_path):
         attach(con, "ranges", paths)
         rows = con.sql("select table_id, neuron, upper from ranges order by all").fetchall()
     assert rows == [("tbl_1abc", 3, 34.0), ("tbl_2abc", 3, 38.0)]
+
+
+def test_ranges__view_reads_tables_with_and_without_pieces_in_any_order(tmp_path):
+    whole = table_of([row("joy", 1, 0.0, 1.0), row("joy", 2, 0.5, 1.0, rank=2)])
+    split = table_of(pieces("joy", 1, [(-1.0, 0.0, 0.5), (1.0, 2.0, 0.75)]), method="hpd")
+    of_whole = [(whole.id, 1, -2.5, 2.5, None, None), (whole.id, 2, -2.0, 3.0, None, None)]
+    of_split = [(split.id, 1, -1.0, 0.0, 0, 0.5), (split.id, 1, 1.0, 2.0, 1, 0.75)]
+    one, two = (f"{table.save(tmp_path)}/ranges.parquet" for table in (whole, split))
+    cases = [([one], of_whole), ([two], of_split), ([one, two], of_whole + of_split), ([two, one], of_whole + of_split)]
+    for paths, expected in cases:
+        with connect({"ranges": paths}, threads=1) as con:
+            rows = con.sql("select table_id, neuron, lower, upper, piece, posterior from ranges").fetchall()
+            assert sorted(rows, key=lambda r: (r[0], r[2])) == sorted(expected, key=lambda r: (r[0], r[2]))
+            types = dict(con.sql("select column_name, column_type from (describe ranges)").fetchall())
+            assert (types["piece"], types["posterior"]) == ("SMALLINT", "DOUBLE")
 
 
 def _salience_file(con, path: Path) -> str:
