@@ -54,11 +54,13 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bump:
-    """The values of one neuron under one concept; [lower, upper] is its range.
+    """The values of one neuron under one concept; [lower, upper] is its range, or the ends of its `pieces`.
 
-    Where there is no value (n = 0), mean, std, lower, upper, min and max are NaN. `rank` is the neuron's place among
-    its layer's for the concept, by mean |a|; `nearest` is the concept that shares the most of its values, and
-    `nearest_ovl` how much, 0 to 1: None where the store does not say. `row` is all that sql/neuron_card.sql says.
+    Where there is no value (n = 0), mean, std, lower, upper, min and max are NaN. `pieces` are the intervals that a
+    range table gives the neuron, ascending, none where it is not salient; None where the range is mean -+ tau * std.
+    `rank` is the neuron's place among its layer's for the concept, by mean |a|; `nearest` is the concept that shares
+    the most of its values, and `nearest_ovl` how much, 0 to 1: None where the store does not say. `row` is all that
+    sql/neuron_card.sql says.
     """
 
     concept: str
@@ -74,6 +76,12 @@ class Bump:
     nearest_ovl: float | None
     histogram: Histogram | None
     row: Mapping[str, Any]
+    pieces: tuple[tuple[float, float], ...] | None = None
+
+    @property
+    def intervals(self) -> tuple[tuple[float, float], ...]:
+        """What the range consists of: lower and upper of each piece."""
+        return ((self.lower, self.upper),) if self.pieces is None else self.pieces
 
     @property
     def is_empty(self) -> bool:
@@ -89,11 +97,12 @@ class Bump:
         return np.diff(self._gaussian_cdf(edges_G))
 
     def share_in_range(self) -> float:
-        """Share of the values inside [lower, upper]; NaN where there is none."""
+        """Share of the values inside the range; NaN where there is no value."""
         if self.is_empty:
             return math.nan
-        ends = np.array([self.lower, np.nextafter(self.upper, np.inf)])
-        return float(np.diff(self.histogram.cdf(ends) if self.histogram else self._gaussian_cdf(ends))[0])
+        ends = np.array([end for low, high in self.intervals for end in (low, np.nextafter(high, np.inf))])
+        up_to = self.histogram.cdf(ends) if self.histogram else self._gaussian_cdf(ends)
+        return float((up_to[1::2] - up_to[::2]).sum())
 
     def outer_quantiles(self) -> tuple[float, float]:
         """Between which two values all but the lowest and the highest hundredth lie."""
@@ -111,7 +120,7 @@ class Bump:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """A neuron and its bumps, in the order of the concepts' names. `n_concepts` counts those that were left out to
-    draw fewer, too."""
+    draw fewer, too. `table` is the range table whose ranges they have; without one, they are mean -+ tau * std."""
 
     hook_point: str
     layer: int
@@ -119,6 +128,7 @@ class Card:
     tau: float
     bumps: tuple[Bump, ...]
     n_concepts: int
+    table: str | None = None
 
     @property
     def name(self) -> str:
@@ -158,8 +168,11 @@ class Card:
         return low - margin, high + margin
 
 
-def read_card(con: "duckdb.DuckDBPyConnection", *, hook_point: str, layer: int, neuron: int, tau: float) -> Card:
-    """A neuron from a connection over a store. Raises UsageError where the store has no statistics of it."""
+def read_card(
+    con: "duckdb.DuckDBPyConnection", *, hook_point: str, layer: int, neuron: int, tau: float, table: str | None = None
+) -> Card:
+    """A neuron from a connection over a store, with the ranges of a range table in it or of mean -+ tau * std. Raises
+    UsageError where the store has no statistics of it."""
     site: dict[str, Any] = {"hook_point": hook_point, "layer": layer, "neuron": neuron}
     rows = run_file(con, "neuron_card", tau=tau, **site).to_pylist()
     if not rows:
@@ -170,8 +183,24 @@ def read_card(con: "duckdb.DuckDBPyConnection", *, hook_point: str, layer: int, 
     counts: dict[str, list[dict[str, Any]]] = {}
     for row in run_file(con, "neuron_histogram", **site).to_pylist():
         counts.setdefault(row["concept"], []).append(row)
+    if table is not None:
+        rows = _with_ranges_of(rows, run_file(con, "neuron_ranges", table_id=table, **site).to_pylist())
     bumps = tuple(_bump(row, counts.get(row["concept"], [])) for row in rows)
-    return Card(**site, tau=tau, bumps=bumps, n_concepts=len(bumps))
+    return Card(**site, tau=tau, bumps=bumps, n_concepts=len(bumps), table=table)
+
+
+def _with_ranges_of(rows: Sequence[Mapping[str, Any]], ranges: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a card with the ranges of a table: `lower` and `upper` are the outer ends of `pieces`."""
+    pieces_of: dict[str, list[dict[str, Any]]] = {}
+    for piece in ranges:
+        shown = {name: piece[name] for name in ("lower", "upper", "posterior")}
+        pieces_of.setdefault(piece["concept"], []).append(shown)
+    found = []
+    for row in rows:
+        pieces = pieces_of.get(row["concept"], [])
+        lower, upper = (pieces[0]["lower"], pieces[-1]["upper"]) if pieces else (None, None)
+        found.append({**row, "lower": lower, "upper": upper, "pieces": pieces})
+    return found
 
 
 def _bump(row: Mapping[str, Any], counts: Sequence[Mapping[str, Any]]) -> Bump:
@@ -184,6 +213,7 @@ def _bump(row: Mapping[str, Any], counts: Sequence[Mapping[str, Any]]) -> Bump:
         nearest_ovl=row["nearest_ovl"],
         histogram=_histogram(counts, numbers["min"], numbers["max"]) if counts else None,
         row=row,
+        pieces=tuple((piece["lower"], piece["upper"]) for piece in row["pieces"]) if "pieces" in row else None,
         **numbers,
     )
 

@@ -102,7 +102,8 @@ def concept_colours(concepts: Iterable[str]) -> dict[str, str]:
 def distributions(
     card: Card, *, colours: Mapping[str, str], title: str | None = None, explained: bool = False
 ) -> Figure:
-    """A row per concept over one axis: how its values are spread, its range as a band, its mean as a line.
+    """A row per concept over one axis: how its values are spread, its range as a band, or one for each of its pieces,
+    its mean as a triangle.
 
     Every row is scaled to its own highest step. Without a histogram, the Gaussian of the same mean and std is drawn
     with a dashed outline. On the right, the concept that shares the most of its values, and how much. With
@@ -127,7 +128,8 @@ def distributions(
     )
     if explained:
         curve = "" if card.has_histograms else ", curve: Gaussian"
-        said = f"band: mean ± {card.tau:g} std, triangle: mean{curve}, right: largest overlap"
+        band = f"mean ± {card.tau:g} std" if card.table is None else f"range of {card.table}"
+        said = f"band: {band}, triangle: mean{curve}, right: largest overlap"
         figure.text(8 / WIDTH, 9 / height, said, ha="left", va="center", fontsize=_SMALL_PT, c=_PALE_INK)
     edges = np.linspace(*card.limits(), N_STEPS + 1)
     for i, (bump, name, beside) in enumerate(zip(card.bumps, names, nearest, strict=True)):
@@ -137,9 +139,12 @@ def distributions(
         if bump.is_empty:
             _row_text(axes, 6, i + 0.62, "no values", colour=_PALE_INK)
             continue
-        low, high = np.clip((bump.lower, bump.upper), *axes.get_xlim())
-        axes.add_patch(Rectangle((low, i + 0.08), high - low, 0.84, color=colour, alpha=0.17, linewidth=0, gid="range"))
-        axes.vlines([bump.lower, bump.upper], i + 0.08, base, color=colour, linewidth=0.8)
+        for ends in bump.intervals:
+            low, high = np.clip(ends, *axes.get_xlim())
+            axes.add_patch(
+                Rectangle((low, i + 0.08), high - low, 0.84, color=colour, alpha=0.17, linewidth=0, gid="range")
+            )
+            axes.vlines(ends, i + 0.08, base, color=colour, linewidth=0.8)
         shares = bump.shares(edges)
         heights = base - 0.8 * shares / max(shares.max(), np.finfo(float).tiny)
         axes.stairs(heights, edges, baseline=base, fill=True, facecolor=colour, alpha=0.75)

@@ -2,6 +2,7 @@
 
 neuronlens show STORE 3 7
 neuronlens show STORE 3 7 --hook-point resid_post --concept joy --concept anger -o neuron.svg
+neuronlens show STORE 3 7 --table tbl_0123456789abcdef
 """
 
 import math
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from neuronlens.store import Store
 
 MAX_BUMPS = 8
+TAU = 2.5
 FORMS = ("png", "svg")
 """Of pictures: the ending of the file says which."""
 
@@ -83,10 +85,16 @@ def check_folder(path: Path) -> None:
         raise UsageError(f"There is no folder {path.parent}. Make it first, or choose another -o.")
 
 
-def card_of(store: "Store", *, hook_point: str, layer: int, neuron: int, tau: float) -> Card:
-    """One neuron of a store. Raises UsageError where the store has no statistics of it."""
+def card_of(
+    store: "Store", *, hook_point: str, layer: int, neuron: int, tau: float = TAU, table: str | None = None
+) -> Card:
+    """One neuron of a store, with the ranges of one of its range tables or of mean -+ tau * std. Raises UsageError
+    where the store has no statistics of it, or no such table."""
+    ids = store.table_ids()
+    if table is not None and table not in ids:
+        raise UsageError(f"{store.root} has no table {table}. Its tables: {', '.join(ids) or 'none'}.")
     with connect(store.file_lists(), fs=store.fs) as con:
-        return read_card(con, hook_point=hook_point, layer=layer, neuron=neuron, tau=tau)
+        return read_card(con, hook_point=hook_point, layer=layer, neuron=neuron, tau=tau, table=table)
 
 
 def save_picture(card: Card, path: Path, form: str, concepts: Sequence[str]) -> None:
@@ -108,9 +116,8 @@ def print_card(console: "Console", card: Card) -> None:
     note_cells = max(cell_len(line) for pair in notes for line in pair)
     width = min(_MAX_AXIS, max(_MIN_AXIS, console.width - name_cells - note_cells - 4))
     is_fine = console.encoding.lower().startswith("utf")
-    console.print(
-        f"{card.name}: range = mean {'±' if is_fine else '+-'} {card.tau:g} std", style="bold", highlight=False
-    )
+    ranges = f"mean {'±' if is_fine else '+-'} {card.tau:g} std" if card.table is None else f"that of {card.table}"
+    console.print(f"{card.name}: range = {ranges}", style="bold", highlight=False)
     edges = np.linspace(*card.limits(), width + 1)
     for i, (bump, name, (beside, below)) in enumerate(zip(card.bumps, names, notes, strict=True)):
         colour = _COLOURS[i % len(_COLOURS)]
@@ -133,7 +140,7 @@ def _notes(bump: Bump) -> tuple[str, str]:
     beside = f"n {bump.n:,}"
     if bump.nearest is not None and bump.nearest_ovl is not None:
         beside += f", {bump.nearest_ovl:.2f} {short(bump.nearest, _NAME_CELLS)}"
-    return beside, f"{100 * bump.share_in_range():.1f} % in range"
+    return beside, f"{100 * bump.share_in_range():.1f} % in range" if bump.intervals else "not salient"
 
 
 def _bars(bump: Bump, edges_G: np.ndarray, levels: str) -> str:
@@ -157,10 +164,11 @@ def _range_line(bump: Bump, edges_G: np.ndarray, marks: tuple[str, str, str, str
     def step(value: float) -> int:
         return int(np.clip(np.searchsorted(edges_G, value, side="right") - 1, 0, n - 1))
 
-    first, last = step(bump.lower), step(bump.upper)
     drawn = [" "] * n
-    drawn[first : last + 1] = [line] * (last - first + 1)
-    drawn[first], drawn[last] = left, right
+    for lower, upper in bump.intervals:
+        first, last = step(lower), step(upper)
+        drawn[first : last + 1] = [line] * (last - first + 1)
+        drawn[first], drawn[last] = left, right
     drawn[step(bump.mean)] = mean
     return "".join(drawn)
 
@@ -193,4 +201,6 @@ def card_rows(card: Card) -> list[dict[str, Any]]:
 
 
 def _for_json(value: Any) -> Any:
+    if isinstance(value, list):  # of pieces
+        return [{name: _for_json(part) for name, part in piece.items()} for piece in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -58,7 +58,12 @@ def show(
     concepts: Annotated[
         list[str] | None, typer.Option("--concept", help="Only this concept [default: at most 8]. Repeatable.")
     ] = None,
-    tau: Annotated[float, typer.Option(help="Half width of a range in standard deviations.")] = 2.5,
+    tau: Annotated[
+        float | None, typer.Option(help="Half width of a range in standard deviations [default: 2.5].")
+    ] = None,
+    table: Annotated[
+        str | None, typer.Option(help="Draw the ranges of this range table, in place of mean ± tau std.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Also draw it into this file: .png or .svg.", show_default=False),
@@ -66,8 +71,11 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Draw one neuron: how its values are spread under each concept, and each concept's range."""
-    from neuronlens.show import MAX_BUMPS, card_of, card_rows, check_picture, check_site, print_card, save_picture
+    from neuronlens.show import MAX_BUMPS, TAU, card_of, card_rows, check_picture, check_site, print_card, save_picture
 
+    if tau is not None and table is not None:
+        raise UsageError("--tau and --table both say where ranges end. Give one of them.")
+    tau = TAU if tau is None else tau
     if not tau > 0:
         raise UsageError(f"--tau is {tau:g}, expected a number above 0, such as 2.5.")
     form = check_picture(output) if output else None
@@ -75,14 +83,15 @@ def show(
     description = opened.describe()
     meant = check_site(description, layer, neuron, hook_point)
     with _failures_in_words(opened.root, output):
-        card = card_of(opened, hook_point=meant, layer=layer, neuron=neuron, tau=tau)
+        card = card_of(opened, hook_point=meant, layer=layer, neuron=neuron, tau=tau, table=table)
         drawn = card.of(concepts) if concepts else card.of_most_salient(MAX_BUMPS)
         if output and form:
             save_picture(drawn, output, form, [bump.concept for bump in card.bumps])
     if output:
         stderr().print(f"written to {output}", style="dim", highlight=False, markup=False, soft_wrap=True)
     if as_json:
-        site = {"hook_point": meant, "layer": layer, "neuron": neuron, "tau": tau if tau != float("inf") else None}
+        ends = {"tau": tau if tau != float("inf") else None} if table is None else {"table": table}
+        site = {"hook_point": meant, "layer": layer, "neuron": neuron, **ends}
         rows = card_rows(drawn if concepts else card)
         print_json({**site, "rows": rows, "picture": str(output.resolve()) if output else None})
     else:

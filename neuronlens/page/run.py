@@ -84,10 +84,14 @@ def _concepts(desk: Desk, answered: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _tables(facts: Facts) -> Table:
     return Table(
-        columns=("id", "tau", "salient by", "top fraction", "ranges"),
-        rows=tuple(
-            (one["id"], f"{one['tau']:g}", one["salience"], f"{one['top_fraction']:g}", f"{one['rows']:,}")
-            for one in facts.tables
-        ),
-        numbers=frozenset({1, 3, 4}),
+        columns=("id", "method", "tau", "salient by", "top fraction", "rows"),
+        rows=tuple(map(_table, facts.tables)),
+        numbers=frozenset({2, 4, 5}),
     )
+
+
+def _table(header: Mapping[str, Any]) -> tuple[str, ...]:
+    options = [f"{name} {value:g}" for name, value in header.get("options", {}).items()]
+    method = ", ".join([header.get("method", "paper"), *options])
+    numbers = f"{header['tau']:g}", header["salience"], f"{header['top_fraction']:g}", f"{header['rows']:,}"
+    return header["id"], method, *numbers

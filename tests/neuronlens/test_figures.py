@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -50,6 +51,16 @@ def test_distributions__shades_each_concepts_range_in_its_colour(two_bumps):
         assert band.get_x() + band.get_width() == pytest.approx(bump.mean + 2.5 * bump.std)
         assert i <= band.get_y() < band.get_y() + band.get_height() <= i + 1
         assert band.get_facecolor()[:3] == ((1, 0, 0) if colour == RED else (0, 0, 1))
+
+
+def test_distributions__shades_every_piece_of_a_range(two_bumps):
+    joy, law = two_bumps.bumps
+    card = replace(two_bumps, bumps=(replace(joy, pieces=((-1.0, 0.0), (1.0, 1.5))), replace(law, pieces=())))
+    [axes] = figures.distributions(card, colours={"joy": RED, "law": BLUE}).axes
+    bands = [patch for patch in rectangles(axes) if patch.get_gid() == "range"]
+    spans = [(band.get_x(), pytest.approx(band.get_x() + band.get_width())) for band in bands]
+    assert spans == [(-1.0, 0.0), (1.0, 1.5)]
+    assert len(curves(axes)) == 2
 
 
 def test_distributions__draws_each_row_to_its_own_height_with_its_mean_below(two_bumps):

@@ -50,6 +50,7 @@ PARAMS = {
     "top_samples": LAYER_1 | {"neuron": 2},
     "neuron_card": LAYER_1 | {"neuron": 2, "tau": 2.5},
     "neuron_cards": LAYER_1 | ALL_NEURONS,
+    "neuron_ranges": LAYER_1 | {"neuron": 2, "table_id": "tbl_0123456789abcdef"},
     "neuron_pairs": LAYER_1 | ALL_NEURONS,
     "neuron_histogram": LAYER_1 | {"neuron": 2},
     "probe_rows": LAYER_1,
@@ -66,8 +67,8 @@ PARAMS = {
     "report_salient_overlap": {"concepts": ["anger", "joy"]},
     "report_separable_neurons": {"n_neurons": 2},
 }
-NOT_HERE = ("report_answers", "report_evaluations")
-"""Their answer is empty: the store here has neither answers of the model nor evaluations."""
+NOT_HERE = ("report_answers", "report_evaluations", "neuron_ranges")
+"""Their answer is empty: the store here has neither answers of the model, evaluations nor range tables."""
 
 
 def _shards() -> list[Shard]:

@@ -13,6 +13,8 @@ from neuronlens.cli import app
 from neuronlens.errors import UsageError
 from neuronlens.show import check_picture, check_site, print_card
 from tests.cards_by_hand import NOTHING, bump_of, card_of
+from tests.range_tables import pieces, table_of
+from tests.range_tables import row as row_of
 from tests.report_stores import NASTY, arrays, write_report_store
 
 DESCRIPTION = {"hook_points": ["mlp_post", "resid_post"], "layers": [0, 2], "widths": {"mlp_post": 8, "resid_post": 4}}
@@ -89,6 +91,8 @@ def test_check_picture__knows_forms_by_their_ending(tmp_path):
         (("1", "0", "--concept", "hate"), "There is no concept 'hate'"),
         (("1", "0", "--tau", "0"), "--tau is 0"),
         (("1", "0", "--tau", "nan"), "--tau is nan"),
+        (("1", "0", "--table", "tbl_0"), "has no table tbl_0. Its tables: none"),
+        (("1", "0", "--table", "tbl_0", "--tau", "2"), "Give one of them"),
         (("1", "0", "-o", "x.pdf"), "does not end in .png or .svg"),
     ],
 )
@@ -171,6 +175,41 @@ def test_print_card__says_what_is_missing():
     assert "8 of 10 concepts" in text
     assert "no histograms" in text
     assert "no values" in " ".join(drawn(card_of(none, bumps[0])))
+
+
+def test_print_card__draws_a_line_for_each_piece_of_a_range():
+    x = np.random.default_rng(0).normal(size=300).astype(np.float32)
+    split = bump_of(x, pieces=((-1.0, -0.5), (1.0, 1.5)))
+    _, _, marks, _, none, *_ = drawn(card_of(split, bump_of(x, "law", pieces=())))
+    assert marks.split("%")[0].count("├") == marks.count("┤") == 2
+    share = ((x >= -1) & (x <= -0.5)).mean() + ((x >= 1) & (x <= 1.5)).mean()
+    assert float(marks.split()[-4]) / 100 == pytest.approx(share, abs=0.02)
+    assert "├" not in none
+    assert none.endswith("not salient")
+
+
+def test_show__draws_the_ranges_of_a_table(values, tmp_path):
+    store = write_report_store(tmp_path / "store", values)
+    bounds = [(-math.inf, -1.0, 0.75), (0.5, 1.0, 0.5)]
+    rows = [*pieces("joy", 4, bounds, layer=1), *pieces("joy", 3, bounds[:1], layer=1, rank=2)]
+    split = table_of(rows, widths={"mlp_post": 12}, method="hpd")
+    whole = table_of([row_of("joy", 4, 1.0, 0.5, layer=1)], widths={"mlp_post": 12})
+    for table in (split, whole):
+        table.save(store.root)
+    done = run(store.root, "1", "4", "--table", split.id, "--json", "-o", str(tmp_path / "n.svg"))
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    joy, law = (next(row for row in found["rows"] if row["concept"] == name) for name in ("joy", "law"))
+    expected = [{"lower": None, "upper": -1.0, "posterior": 0.75}, {"lower": 0.5, "upper": 1.0, "posterior": 0.5}]
+    assert (joy["lower"], joy["upper"], joy["pieces"]) == (None, 1.0, expected)
+    assert (law["lower"], law["pieces"]) == (None, [])
+    assert (found["table"], "tau" in found) == (split.id, False)
+    picture = (tmp_path / "n.svg").read_text()
+    assert picture.count('id="range') == 2
+    assert f"range of {split.id}" in picture
+    done = run(store.root, "1", "4", "--table", whole.id, "--json")
+    joy = next(row for row in json.loads(done.stdout.splitlines()[-1])["rows"] if row["concept"] == "joy")
+    assert joy["pieces"] == [{"lower": -0.25, "upper": 2.25, "posterior": None}]
 
 
 def test_show__draws_every_concept_and_writes_the_picture(store, tmp_path):

@@ -17,6 +17,8 @@ from neuronlens.cli import app
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.page import write_report
 from neuronlens.store import Store
+from tests.range_tables import pieces, table_of
+from tests.range_tables import row as range_row
 from tests.report_stores import (
     NASTY,
     arrays,
@@ -406,6 +408,15 @@ def test_report__warns_of_what_is_missing(tmp_path):
     assert "out of memory" in box.text
     rows = tables_of(section_of(page, "run"))[1]
     assert [row["texts collected"] for row in rows] == ["60", "60", "0"]
+
+
+def test_report__lists_range_tables_with_their_methods(tmp_path):
+    store = write_report_store(tmp_path / "store", arrays(["a", "b"], n_layers=1))
+    split = table_of(pieces("a", 1, [(0.0, 1.0, 0.5), (2.0, 3.0, 0.5)]), method="budget", options={"budget": 0.02})
+    for table in (split, table_of([range_row("a", 1, 0.0, 1.0)])):
+        table.save(store.root)
+    rows = tables_of(section_of(report_on(store, tmp_path / "r.html"), "run"))[-1]
+    assert sorted((row["method"], row["rows"]) for row in rows) == [("budget, budget 0.02", "2"), ("paper", "1")]
 
 
 def test_report__of_many_concepts_draws_those_that_overlap_most(tmp_path):
