@@ -62,6 +62,8 @@ same for all pieces of a neuron. Rows are sorted by ROW_ORDER, then piece."""
 ROW_ORDER = ("hook_point", "layer", "concept", "rank", "neuron")
 """Strings by their code points, so that a layer lies together and within it a concept, most salient neuron first."""
 
+MAX_PIECES = 64
+"""Of one neuron: each costs a program a row of arrays as wide as the layer."""
 _OF_THE_NEURON = ("n", "mean", "std", "mean_abs", "salience")
 """What the pieces of a neuron have in common, besides its place and rank."""
 
@@ -468,6 +470,7 @@ def _check_pieces(number: Mapping[str, np.ndarray], is_first_piece: np.ndarray) 
     place = np.arange(len(is_first_piece))
     first_place = np.maximum.accumulate(np.where(is_first_piece, place, 0))
     _refuse(number, number["piece"] != place - first_place, "piece", "0, 1 and so on within each neuron and rank")
+    _refuse(number, number["piece"] >= MAX_PIECES, "piece", f"below {MAX_PIECES}: a range has at most so many pieces")
     for name in _OF_THE_NEURON:
         differs = _is_first(number[name]) & ~is_first_piece
         _refuse(number, differs, name, "what the neuron's other pieces have")

@@ -336,6 +336,15 @@ def test_make__refuses_pieces_that_make_no_range(second: dict, message: str) -> 
         pieces_table([TWO[0], {**TWO[1], **second}])
 
 
+def test_make__refuses_a_range_of_too_many_pieces() -> None:
+    def split(n_pieces: int) -> list[dict]:
+        return pieces("joy", 1, [(float(2 * i), 2.0 * i + 1, 0.5) for i in range(n_pieces)])
+
+    assert pieces_table(split(64)).rows.num_rows == 64
+    with pytest.raises(UsageError, match="1 rows .* wrong piece: 64 .* at most so many pieces"):
+        pieces_table(split(65))
+
+
 def test_make__wants_the_columns_of_its_method() -> None:
     with pytest.raises(UsageError, match="not among them: piece, posterior"):
         RangeTable.make(pa.Table.from_pylist(TWO), **HEADER, widths=WIDTHS)
