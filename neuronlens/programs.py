@@ -214,12 +214,14 @@ class Conflict:
 
 
 def first_conflict(program: Program) -> Conflict | None:
-    """Where two rules disagree over a value, and so their order decides; None where no value is in two ranges."""
+    """Where two rules disagree over a value, and so their order decides; None where no value is in two ranges.
+
+    The pieces of one rule share no value, so that rows that do are of two rules.
+    """
     for site in program.sites:
         for late in range(1, len(site.rule_R)):
-            n_early = int(np.searchsorted(site.rule_R, site.rule_R[late]))  # without the rule's own pieces
-            lower_EN = np.maximum(site.lower_RN[:n_early], site.lower_RN[late])
-            shared_EN = lower_EN <= np.minimum(site.upper_RN[:n_early], site.upper_RN[late])
+            lower_EN = np.maximum(site.lower_RN[:late], site.lower_RN[late])
+            shared_EN = lower_EN <= np.minimum(site.upper_RN[:late], site.upper_RN[late])
             if shared_EN.any():
                 early, neuron = np.argwhere(shared_EN)[0].tolist()
                 first, second = int(site.rule_R[early]), int(site.rule_R[late])

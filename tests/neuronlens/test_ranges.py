@@ -341,7 +341,7 @@ def test_make__refuses_a_range_of_too_many_pieces() -> None:
         return pieces("joy", 1, [(float(2 * i), 2.0 * i + 1, 0.5) for i in range(n_pieces)])
 
     assert pieces_table(split(64)).rows.num_rows == 64
-    with pytest.raises(UsageError, match="1 rows .* wrong piece: 64 .* at most so many pieces"):
+    with pytest.raises(UsageError, match=r"1 rows .* wrong piece: 64 .* at most so many pieces"):
         pieces_table(split(65))
 
 
