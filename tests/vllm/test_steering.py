@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from tests.vllm.tiny import RULES, WINDOW, alone, alone_in_phases, engine
+from neuronlens.errors import UsageError
+from neuronlens.vllm.offline import steered
+from tests.range_tables import RULES_ON_PIECES
+from tests.vllm.tiny import RULES, WINDOW, alone, alone_in_phases, engine, program_of, table_with_pieces
 from tests.vllm.traffic import Sequence_, drive
 
 pytestmark = pytest.mark.vllm
@@ -93,3 +96,31 @@ def test_steering__counts_what_the_transformers_engine_counts(models):
         assert one.tokens == ids
         assert one.counts is not None
         assert (one.counts.tested, one.counts.changed) == (tested, changed)
+
+
+def test_steering__by_ranges_with_pieces_says_what_it_says_alone(models):
+    """Ten rule rows hold one program of two rules at a time: the others wait. Three rules need twelve."""
+    folder, rng = models["llama"], np.random.default_rng(6)
+    table = table_with_pieces(folder)
+    sequences = [
+        Sequence_(prompt=prompt, max_tokens=20, rules=rules, table=table)
+        for prompt, rules in zip(prompts(rng, 8, 40), [*RULES_ON_PIECES, None] + RULES_ON_PIECES[:3], strict=True)
+    ]
+    options = {"enable_prefix_caching": False, "neuronlens": {"rules": 4, "rule_rows": 10}}
+    with engine(folder, **options, max_model_len=WINDOW // 4) as llm:
+        drive(llm, folder, sequences, rng)
+        too_large = program_of(folder, [{"concept": "joy"}, {"concept": "fear"}, {"concept": "joy"}], table)
+        with (
+            pytest.raises(UsageError, match="needs 12 rows at .* this server's `rule_rows` is 10"),
+            steered(llm, too_large),
+        ):
+            pass
+    n_differing = 0
+    for one in sequences:
+        ids, tested, changed = alone(folder, one.prompt, one.max_tokens, one.rules, table)
+        assert one.tokens == ids
+        if one.rules is not None:
+            assert one.counts is not None
+            assert (one.counts.tested, one.counts.changed) == (tested, changed)
+            n_differing += ids != alone(folder, one.prompt, one.max_tokens, None)[0]
+    assert n_differing >= 4, "programs were meant to change what is said"

@@ -19,7 +19,7 @@ from neuronlens.programs import Program
 from neuronlens.ranges import RangeTable, TableModel
 from neuronlens.vllm.collection import mend_llvmlite
 from tests.neuronlens.serving import tiny_engine
-from tests.range_tables import row, table_of
+from tests.range_tables import random_pieces, row, table_of
 from tests.tiny_models import save_tiny
 
 D_MODEL, D_MLP, N_LAYERS, WINDOW, BLOCK = 64, 96, 2, 512, 32
@@ -62,8 +62,23 @@ def table_for(folder: Path, hook_points: tuple[str, ...] = ("mlp_post", "resid_p
 RULES = tiny_engine.RULES
 
 
-def program_of(folder: Path, rules: Sequence[Mapping[str, Any]], **options: Any) -> Program:
-    return Program.compile(table_for(folder, **options), rules)
+@lru_cache(maxsize=8)
+def table_with_pieces(folder: Path) -> RangeTable:
+    """Ranges of up to four pieces for joy and fear, with posteriors."""
+    widths = {site: WIDTHS[site] for site in ("mlp_post", "resid_post")}
+    rows = [
+        row
+        for seed, (site, width) in enumerate(widths.items())
+        for row in random_pieces(seed, width=width, concepts=("joy", "fear"), layers=range(N_LAYERS), hook_point=site)
+    ]
+    model = TableModel(id=str(folder), revision=None, config_hash=model_identity(str(folder)).config_hash)
+    return table_of(rows, widths=widths, top_fraction=1.0, model=model, method="likelihood_ratio")
+
+
+def program_of(
+    folder: Path, rules: Sequence[Mapping[str, Any]], table: RangeTable | None = None, **options: Any
+) -> Program:
+    return Program.compile(table or table_for(folder, **options), rules)
 
 
 @lru_cache(maxsize=4)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from neuronlens.ranges import RangeTable
 from neuronlens.serving.engine import Counts, EngineBusy
 from neuronlens.vllm.offline import SteeredRequest, steered
 from tests.vllm.tiny import program_of
@@ -22,6 +23,8 @@ class Sequence_:
     rules: Any = None
     phases: tuple[Any, ...] = ("prompt", "generation")
     abort_after: int | None = None
+    table: RangeTable | None = None
+    """None: the model's usual one."""
     tokens: list[int] = field(default_factory=list)
     counts: Counts | None = None
     n_refused: int = 0
@@ -42,7 +45,7 @@ def drive(llm: Any, folder: Path, sequences: Sequence[Sequence_], rng: np.random
             params = SamplingParams(max_tokens=one.max_tokens, temperature=0, stop_token_ids=[1])
             prompt: Any = {"prompt_token_ids": one.prompt}
             if one.rules is not None:
-                context = steered(llm, program_of(folder, one.rules), one.phases)
+                context = steered(llm, program_of(folder, one.rules, one.table), one.phases)
                 try:
                     request = context.__enter__()
                 except EngineBusy:
