@@ -104,14 +104,14 @@ def test_steering__by_ranges_with_pieces_says_what_it_says_alone(models):
     table = table_with_pieces(folder)
     sequences = [
         Sequence_(prompt=prompt, max_tokens=20, rules=rules, table=table)
-        for prompt, rules in zip(prompts(rng, 8, 40), [*RULES_ON_PIECES, None] + RULES_ON_PIECES[:3], strict=True)
+        for prompt, rules in zip(prompts(rng, 8, 40), [*RULES_ON_PIECES, None, *RULES_ON_PIECES[:3]], strict=True)
     ]
     options = {"enable_prefix_caching": False, "neuronlens": {"rules": 4, "rule_rows": 10}}
     with engine(folder, **options, max_model_len=WINDOW // 4) as llm:
         drive(llm, folder, sequences, rng)
         too_large = program_of(folder, [{"concept": "joy"}, {"concept": "fear"}, {"concept": "joy"}], table)
         with (
-            pytest.raises(UsageError, match="needs 12 rows at .* this server's `rule_rows` is 10"),
+            pytest.raises(UsageError, match=r"needs 12 rows at .* this server's `rule_rows` is 10"),
             steered(llm, too_large),
         ):
             pass

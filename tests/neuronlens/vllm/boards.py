@@ -13,7 +13,7 @@ from neuronlens.vllm.config import WorkerConfig
 from neuronlens.vllm.sites import RankSite
 from neuronlens.vllm.tables import SlotTables
 from neuronlens.vllm.tickets import Tickets
-from tests.range_tables import row, table_of
+from tests.range_tables import random_pieces, row, table_of
 
 CONFIG = WorkerConfig(slots=4, rules=3, rule_rows=6)
 RULES: tuple[list[dict[str, Any]], ...] = (
@@ -48,6 +48,13 @@ def program(rules: Sequence[dict[str, Any]], width: int, layers: Sequence[int] =
         if rng.random() < 0.7
     ]
     return Program.compile(table_of(rows, widths={"mlp_post": width}), rules)
+
+
+def program_with_pieces(rules: Sequence[dict[str, Any]], width: int) -> Program:
+    """Of joy and fear, with up to four pieces a neuron."""
+    rows = random_pieces(1, width=width, concepts=("joy", "fear"))
+    table = table_of(rows, widths={"mlp_post": width}, method="likelihood_ratio", top_fraction=1.0)
+    return Program.compile(table, rules)
 
 
 def board(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from neuronlens.vllm.tables import replace_by_torch
-from tests.neuronlens.vllm.boards import CONFIG, RULES, board, program, rank_site, values
+from tests.neuronlens.vllm.boards import CONFIG, RULES, board, program, program_with_pieces, rank_site, values
+from tests.range_tables import RULES_ON_PIECES
 
 pytest.importorskip("triton")
 
@@ -37,11 +38,14 @@ def test_triton_kernel__does_what_the_torch_operations_do(dtype, block, enough, 
 
     monkeypatch.setattr(triton_kernel, "_BLOCK", block)
     monkeypatch.setattr(triton_kernel, "_ENOUGH_PROGRAMS", enough)
-    width, slots = 37, [0, 1, 2, 3, 4, 2, 0, 4]
-    made, _ = board([rank_site(width)], dtype=dtype, config=CONFIG.model_copy(update={"rule_rows": 7}))
-    for slot, rules in enumerate(RULES, start=1):
-        made.tables.put(slot, program(rules, width).sites)
-    x_TN = values(10, width, 11, dtype)
+    width, slots = 37, [0, 1, 2, 3, 4, 5, 6, 2, 0, 4]
+    programs = [*(program(rules, width) for rules in RULES)]
+    programs += [program_with_pieces(rules, width) for rules in RULES_ON_PIECES[1:3]]
+    config = CONFIG.model_copy(update={"slots": len(programs), "rule_rows": 20})
+    made, _ = board([rank_site(width)], dtype=dtype, config=config)
+    for slot, one in enumerate(programs, start=1):
+        made.tables.put(slot, one.sites)
+    x_TN = values(12, width, 11, dtype)
     expected_TN, counts_TC = x_TN.clone(), torch.zeros_like(made.counts_TC)
     made.host_2T[:, : len(slots)] = slots
     made.seat(len(slots))
