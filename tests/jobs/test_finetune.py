@@ -4,6 +4,7 @@ cannot end well is refused before any training."""
 import contextlib
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,8 +37,8 @@ def write_texts(path: Path, n_texts: int, *, seed: int) -> None:
     """Texts of a concept hold three of its own words among four that all concepts share."""
     rng = random.Random(seed)
     rows = []
-    for _ in range(n_texts):
-        concept = rng.choice(sorted(WORDS))
+    for n in range(n_texts):
+        concept = sorted(WORDS)[-1 - n % len(WORDS)]  # not first met in the order of their names
         words = rng.choices(WORDS[concept].split(), k=3) + rng.choices(["i", "feel", "the", "and", "was", "so"], k=4)
         rng.shuffle(words)
         rows.append({"text": " ".join(words), "label": concept})
@@ -80,6 +81,12 @@ def refusal(file: Path, **options) -> str:
     return str(caught.value)
 
 
+def share_right(place: Path, named: Callable[[str], str]) -> float:
+    rows = [json.loads(line) for line in (place / "test.jsonl").read_text().splitlines()]
+    with torch.inference_mode():
+        return sum(named(row["text"]) == row["label"] for row in rows) / len(rows)
+
+
 @pytest.fixture(scope="module")
 def decoder(place, tmp_path_factory):
     """A GPT-2 that the command fine-tuned: its recipe and what the command printed."""
@@ -118,19 +125,16 @@ def test_finetune__teaches_a_decoder_to_name_concepts_with_new_tokens(decoder, p
     assert sorted(path.name for path in file.parent.iterdir()) == ["made", "recipe.yaml"], "no checkpoints are left"
 
 
-def test_finetune__reports_the_accuracy_that_the_model_has(decoder, place):
+def test_finetune__reports_the_accuracy_that_a_decoder_has(decoder, place):
     """Each text alone, without padding, by transformers."""
-    _, done = decoder
-    made = json.loads(done.stdout)
+    made = json.loads(decoder[1].stdout)
     loaded = load_model(made["model"])
-    n_right = 0
-    for line in (place / "test.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        ids = loaded.tokenizer(row["text"] + "<ask>", return_tensors="pt")["input_ids"]
-        with torch.inference_mode():
-            best = loaded.module(input_ids=ids).logits[0, -1].argmax()
-        n_right += loaded.tokenizer.decode([int(best)]) == f"<{row['label']}>"
-    assert made["accuracy"] == n_right / 150
+
+    def named(text: str) -> str:
+        logits_V = loaded.module(loaded.tokenizer(text + "<ask>", return_tensors="pt")["input_ids"]).logits[0, -1]
+        return loaded.tokenizer.decode([int(logits_V.argmax())]).strip("<>")
+
+    assert made["accuracy"] == share_right(place, named)
 
 
 def test_finetune__makes_what_the_same_recipe_then_runs_on(decoder):
@@ -144,10 +148,15 @@ def test_finetune__teaches_an_encoder_classes_in_the_order_of_their_names(place,
     made = finetune(load_recipe(recipe_file(place, tmp_path, "bert")), Silent())
     assert made.accuracy is not None
     assert made.accuracy > 0.9
-    config = json.loads((tmp_path / "made" / "config.json").read_text())
-    assert config["id2label"] == {"0": "calm", "1": "loud", "2": "sly"}
-    plan = make_plan(load_recipe(tmp_path / "recipe.yaml"))
-    assert plan.answers == {"calm": 0, "loud": 1, "sly": 2}
+    loaded = load_model(made.model)
+    assert loaded.label_ids == {"calm": 0, "loud": 1, "sly": 2}
+
+    def named(text: str) -> str:
+        logits_L = loaded.module(loaded.tokenizer(text, return_tensors="pt")["input_ids"]).logits[0]
+        return ("calm", "loud", "sly")[int(logits_L.argmax())]
+
+    assert made.accuracy == share_right(place, named)
+    assert make_plan(load_recipe(tmp_path / "recipe.yaml")).answers == {"calm": 0, "loud": 1, "sly": 2}
 
 
 def test_finetune__does_not_train_again_what_was_made(decoder, no_training):
@@ -157,37 +166,35 @@ def test_finetune__does_not_train_again_what_was_made(decoder, no_training):
     assert "was made by this recipe before" in again.stderr
 
 
-def test_finetune__goes_on_where_it_was_stopped_and_ends_with_the_same_weights(place, tmp_path):
-    class Stops(Silent):
-        def stage(self, name, total, unit):
-            n_done = 0
+class Stopper(Silent):
+    """Presses Ctrl-C once so many steps of the training are done; keeps by how much it was said to advance."""
 
-            def advance(n):
-                nonlocal n_done
-                n_done += n
-                if n_done == 68:
+    def __init__(self, at: int | None = None) -> None:
+        self.at, self.steps = at, []
+
+    def stage(self, name, total, unit):
+        def advance(n):
+            if name == "fine-tune":
+                self.steps.append(n)
+                if sum(self.steps) == self.at:
                     raise KeyboardInterrupt
 
-            return contextlib.nullcontext(advance)
+        return contextlib.nullcontext(advance)
 
-    class Listens(Silent):
-        said = ""
 
-        def say(self, line):
-            self.said += line
-
+def test_finetune__goes_on_where_it_was_stopped_and_ends_with_the_same_weights(place, tmp_path):
+    """45 steps, a checkpoint every 5 of them; 30 steps are an epoch."""
     files = []
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
-        files.append(recipe_file(place, tmp_path / name, "gpt2", finetune={"max_steps": 80}))
+        files.append(recipe_file(place, tmp_path / name, "gpt2", finetune={"max_steps": 45}))
     finetune(load_recipe(files[0]), Silent())
     with pytest.raises(KeyboardInterrupt):
-        finetune(load_recipe(files[1]), Stops())
+        finetune(load_recipe(files[1]), Stopper(at=38))
     assert not (tmp_path / "stopped" / "made").exists()
-    listens = Listens()
-    finetune(load_recipe(files[1]), listens)
-    assert "going on from" in listens.said
-    assert "checkpoint-64" in listens.said
+    second = Stopper()
+    finetune(load_recipe(files[1]), second)
+    assert second.steps == [35] + [1] * 10
     weights = [load_file(file.parent / "made" / "model.safetensors") for file in files]
     for name in weights[0]:
         assert torch.equal(weights[0][name], weights[1][name]), name
