@@ -5,7 +5,7 @@ python -m jobs.evaluate s3://bucket/run --table tbl_0123456789abcdef
 
 import typer
 
-from neuronlens.cli.tables import evaluate
+from neuronlens.cli.evaluate import evaluate
 from neuronlens.console import command_line
 
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)

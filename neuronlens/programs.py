@@ -194,6 +194,13 @@ class Program:
         )
 
     @property
+    def n_bytes(self) -> int:
+        """What its arrays take."""
+        arrays = ("lower_RN", "upper_RN", "a_RN", "b_RN", "g_RN", "centre_RN")
+        found = [getattr(site, name) for site in self.sites for name in arrays]
+        return sum(array.nbytes for array in found if array is not None)
+
+    @property
     def hook_points(self) -> tuple[str, ...]:
         return tuple(sorted({site.hook_point for site in self.sites}))
 

@@ -4,23 +4,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 
+SETTING_COLUMNS = (
+    *("tau", "top_fraction", "layers", "hook_points", "salience", "method", "mass", "penalty", "budget"),
+    *("action", "factor", "value", "positions"),
+)
+"""What a row of an evaluation says of its setting, besides the table's id."""
 
-def erasure_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of `neuronlens.evaluation.erasure_rows`, a section a concept, and the mean of each condition at the end.
+
+BEST = "best"
+_TERMINAL_COLUMNS = 80
+
+
+def erasure_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """The rows of `neuronlens.erasure.erasure_rows` for one setting, a section a concept, and the mean of each
+    condition at the end; below, what those means say of drops and divergences, where that was measured.
 
     Accuracies stand with their 95 % interval; `changed` is the share of the tested activations that was replaced. In
     a terminal of 80 columns the intervals take a line of their own.
     """
-    table = Table(
-        title="What each intervention erases (target) and what it spares (others)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = _table("What each intervention erases (target) and what it spares (others)")
     table.add_column("concept", overflow="fold")
     table.add_column("case", no_wrap=True)
     for side in ("target", "others"):
@@ -29,13 +34,34 @@ def erasure_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for heading in ("perplexity", "changed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for concept in dict.fromkeys(row["concept"] for row in rows):
-        for i, row in enumerate(row for row in rows if row["concept"] == concept):
-            table.add_row(concept if i == 0 else "", *_cells(row))
         table.add_section()
-    for i, condition in enumerate(dict.fromkeys(row["condition"] for row in rows)):
-        mean = _mean([row for row in rows if row["condition"] == condition])
-        table.add_row("mean" if i == 0 else "", *_cells(mean), style="bold")
-    return table
+        for i, row in enumerate(row for row in rows if row["concept"] == concept):
+            name = "mean" if concept is None else concept
+            table.add_row(name if i == 0 else "", *_cells(row), style="bold" if concept is None else None)
+    means = [row for row in rows if row["concept"] is None and row["condition"] != "base"]
+    if not any(_is_known(row, "kl_complement") for row in means):
+        return table
+    lines = [{"case": row["condition"], **_measures(row, means)} for row in means]
+    return Group(table, "", _lines("What is lost, means over concepts (drops of confidence; KL in nats)", lines))
+
+
+def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of a sweep, a line a setting: what tells it from the others, then the means over concepts under `range`,
+    and the selectivity of whole neurons beside. The setting with the highest selectivity is marked."""
+    means = [row for row in rows if row["concept"] is None]
+    ranged = [row for row in means if row["condition"] == "range"]
+    whole = {row["setting"]: row for row in means if row["condition"] == "neuron"}
+    keys = [key for key in SETTING_COLUMNS if len({str(row[key]) for row in ranged}) > 1]
+    best = max((row["selectivity"] for row in ranged if row["selectivity"] is not None), default=None)
+    lines = []
+    for row in ranged:
+        line = {key.replace("_", " "): _setting_cell(row[key]) for key in keys} | _measures(row, ranged)
+        line.pop("off-task perplexity", None)  # its divergence says the same more finely
+        if best is not None:
+            line["whole neuron"] = _number(whole[row["setting"]]["selectivity"], ".3f")
+            line[""] = BEST if row["selectivity"] == best else ""
+        lines.append(line)
+    return _lines("What ranges take from the target and from others, means over concepts", lines)
 
 
 def status_table(status: Mapping[str, Any]) -> Table:
@@ -102,6 +128,56 @@ def duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
+def _table(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+
+
+def _lines(title: str, lines: Sequence[Mapping[str, str]]) -> Table:
+    """A table of lines that have the same keys, its headings; the best one stands out. Headings may be broken, within
+    words only where the terminal is narrow; cells are not."""
+    table = _table(title)
+    cells = {heading: max(len(line[heading]) for line in lines) for heading in lines[0]}
+    whole = {heading: max(n, *map(len, heading.split() or [""])) for heading, n in cells.items()}
+    widths = whole if sum(whole.values()) + len(whole) <= _TERMINAL_COLUMNS else cells
+    for heading, width in widths.items():
+        justify: JustifyMethod = "left" if heading in ("", "case") else "right"
+        table.add_column(heading, justify=justify, width=max(1, width), overflow="fold")
+    for line in lines:
+        table.add_row(*line.values(), style="bold" if line.get("") == BEST else None)
+    return table
+
+
+def _measures(row: Mapping[str, Any], all_rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of a mean over concepts, what was measured in any of the rows."""
+    low, high = row["selectivity_low"], row["selectivity_high"]
+    interval = "" if low is None else f" ({low:.2f}–{high:.2f})"
+    cells = {
+        "target_drop": ("target drop", _number(row["target_drop"], ".3f")),
+        "complement_drop": ("others drop", _number(row["complement_drop"], ".3f")),
+        "selectivity": ("selectivity (95 %)", _number(row["selectivity"], ".3f") + interval),
+        "kl_complement": ("others KL", _number(row["kl_complement"], ".4f")),
+        "off_task_kl": ("off-task KL", _number(row["off_task_kl"], ".4f")),
+        "off_task_perplexity": ("off-task perplexity", _number(row["off_task_perplexity"], ",.2f")),
+        "choice_accuracy": ("choices", _number(row["choice_accuracy"], ".3f")),
+        "changed_share": ("changed", _number(row["changed_share"], ".1%")),
+    }
+    return {heading: cell for key, (heading, cell) in cells.items() if any(_is_known(one, key) for one in all_rows)}
+
+
+def _setting_cell(value: Any) -> str:
+    if value is None:
+        return "all"
+    if isinstance(value, list):
+        return "+".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_known(row: Mapping[str, Any], key: str) -> bool:
+    return row[key] is not None
+
+
 def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         row["condition"],
@@ -122,12 +198,3 @@ def _accuracy(row: Mapping[str, Any], side: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _mean(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean over concepts, each counting once; counts of activations are summed. A mean has no interval."""
-    mean: dict[str, Any] = {"condition": rows[0]["condition"]}
-    for key in ("target_accuracy", "target_confidence", "complement_accuracy", "complement_confidence", "perplexity"):
-        values = [row[key] for row in rows if row[key] is not None]
-        mean[key] = sum(values) / len(values) if values else None
-    return {**mean, "tested": sum(row["tested"] for row in rows), "changed": sum(row["changed"] for row in rows)}

@@ -45,6 +45,29 @@ def load_labelled(
     return rows
 
 
+def load_texts(source: str, *, split: str, text: str, at_most: int) -> list[str]:
+    """The first so many texts of a source that need no label, blank ones passed over.
+
+    text: the column; where the source has no such column, `text`. Raises UsageError as `load_labelled` does.
+    """
+    dataset = _load(source, split)
+    column = next((name for name in (text, "text") if name in dataset.column_names), None)
+    if column is None:
+        raise UsageError(
+            f"{source} has no column {text!r} and none called 'text'. It has: {', '.join(dataset.column_names)}. "
+            "Rename the one that holds the texts to 'text'."
+        )
+    texts: list[str] = []
+    for content in dataset[column]:
+        if isinstance(content, str) and content.strip():
+            texts.append(content)
+        if len(texts) == at_most:
+            break
+    if not texts:
+        raise UsageError(f"{source} has no text in its column {column!r}. Expected a row a text.")
+    return texts
+
+
 def _load(source: str, split: str) -> Any:
     import datasets
 

@@ -1,25 +1,32 @@
-"""The evaluation stage: every concept's ranges on the test texts, against the bare model and whole-neuron masking.
+"""The evaluation stage: every concept's ranges on the test texts, against the bare model, whole-neuron masking and
+controls, under one setting or a sweep of them.
 
-neuronlens evaluate STORE
+neuronlens evaluate STORE --sweep tau=0.5:4:0.5 --control random,shuffled
 """
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from neuronlens.controls import Control, plan_controls
+from neuronlens.erasure import erasure_rows
 from neuronlens.errors import RunFailed, UsageError
-from neuronlens.evaluation import Case, CaseResult, TestText, erasure_cases, erasure_rows
+from neuronlens.evaluation import EvaluationPlan, Measured, plan_conditions
+from neuronlens.measure import Counted
 from neuronlens.models import LoadedModel, load_model
 from neuronlens.programs import Edit
-from neuronlens.prompts import encode_prompts
-from neuronlens.ranges import RangeTable
-from neuronlens.recipe import Recipe, TestSection, parse_recipe, with_changes
-from neuronlens.sources import load_labelled
+from neuronlens.ranges import PAPER, RangeTable, TableHeader
+from neuronlens.recipe import RANGE_OPTIONS, Recipe, parse_recipe, with_changes
 from neuronlens.store import Store, content_hash
-from pipeline.plan import TOKENS_PER_BATCH, check_answers
+from neuronlens.sweep import Grid, Setting, settings_of
+from pipeline.emit import load_table
+from pipeline.erasure_tables import tables_of
+from pipeline.erasure_texts import TestData, check_concepts, load_labelled_test
+from pipeline.evaluator import MOST_PROGRAM_BYTES, EvaluationJob, EvaluationWork
+from pipeline.plan import TOKENS_PER_BATCH
 from pipeline.pool import Pool, Watcher
 from pipeline.stopping import GRACE_SECONDS
-from pipeline.workers import WorkerSpec, choose_layout, worker_starter
+from pipeline.workers import Layout, WorkerSpec, choose_layout, worker_starter
 
 if TYPE_CHECKING:
     from pipeline.driver import Reporter
@@ -27,10 +34,60 @@ if TYPE_CHECKING:
 
 ZERO = Edit()
 
+_OPERATIONS_PER_SECOND = 5e10
+"""Of one core, roughly."""
+_WORKER_SECONDS = 10
+"""What it takes a worker to import torch and to load a small model, roughly."""
+
+_ROWS_VERSION = 2
+"""Of what a row says; evaluations that were kept by older code, with fewer columns, are made again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is evaluated: settings of a table (`name` of the file that the rows are kept in begins so), with which
+    controls, and whether the prompts' perplexity is measured."""
+
+    name: str
+    table: RangeTable
+    edit: Edit
+    settings: tuple[Setting, ...]
+    controls: tuple[Control, ...] = ()
+    perplexity: bool = True
+    counted: Counted = "all"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What decides the rows, besides the texts."""
+        return {
+            "rows_version": _ROWS_VERSION,
+            "table": self.table.id,
+            "settings": [[s.edit.model_dump(), s.salience, s.method, s.options, s.positions] for s in self.settings],
+            "controls": self.controls,
+            "perplexity": self.perplexity,
+            "counted": self.counted,
+        }
+
 
 def recipe_of(store: Store, changes: list[str] | None = None) -> Recipe:
     """The recipe that made a store, with `changes` (section.key=value) on top."""
     return parse_recipe(with_changes(store.describe()["recipe"], changes), origin=f"the recipe in {store.root}")
+
+
+def table_of_recipe(store: Store, recipe: Recipe) -> RangeTable:
+    """The range table that the recipe asks for, where a store has others too: sweeps leave some. Raises UsageError as
+    `load_table` does."""
+    asked = recipe.ranges
+    options = {key: getattr(asked, key) for key in RANGE_OPTIONS if getattr(asked, key) is not None}
+
+    def is_it(header: TableHeader) -> bool:
+        made = (header.method, header.salience, header.top_fraction)
+        is_alike = (
+            made == (asked.method, asked.salience, asked.top_fraction) and options.items() <= header.options.items()
+        )
+        return is_alike and (asked.method != PAPER or header.tau == asked.tau)
+
+    found = [table for table in (load_table(store, table_id) for table_id in store.table_ids()) if is_it(table.header)]
+    return found[0] if len(found) == 1 else load_table(store, None)
 
 
 def evaluate_table(
@@ -40,123 +97,220 @@ def evaluate_table(
     reporter: "Reporter",
     edit: Edit = ZERO,
     stop_requested: Callable[[], bool] = lambda: False,
+    *,
+    controls: Sequence[Control] = (),
+    perplexity: bool = True,
 ) -> list[dict[str, Any]]:
-    """A row per concept and condition; kept in the store, so that the same evaluation is not run twice.
+    """A row per concept and condition, then their means; kept in the store, so that the same is not run twice.
 
     `edit` says what is done to the salient neurons, and in which layers; by default all of the table's are zeroed.
     Gives no rows, and keeps none, where `stop_requested` says so before the end.
 
-    Raises UsageError where the recipe has no test, or its texts do not fit the table; RunFailed where a case failed.
+    Raises UsageError where the recipe has no test, or its texts do not fit the table; RunFailed where a batch failed.
     """
-    if recipe.test is None:
+    asked = Asked(
+        name=table.id,
+        table=table,
+        edit=edit,
+        settings=(Setting.of(table, edit),),
+        controls=tuple(controls),
+        perplexity=perplexity,
+    )
+    return _evaluate(recipe, store, asked, reporter, stop_requested)
+
+
+def evaluate_sweep(
+    recipe: Recipe,
+    store: Store,
+    table: RangeTable,
+    grid: Grid,
+    reporter: "Reporter",
+    edit: Edit = ZERO,
+    stop_requested: Callable[[], bool] = lambda: False,
+    *,
+    controls: Sequence[Control] = (),
+    perplexity: bool = False,
+) -> list[dict[str, Any]]:
+    """As `evaluate_table`, for every point of the grid, with one unmodified pass for all. What the grid does not say is
+    as in `edit` and `table`; the tables that it asks for beyond that are made. Counts are of the answers' tokens.
+
+    Raises UsageError for a point that cannot be, too.
+    """
+    settings = settings_of(grid, Setting.of(table, edit), table, layers=table.layers, hook_points=table.hook_points)
+    asked = Asked(
+        name="sweep",
+        table=table,
+        edit=edit,
+        settings=tuple(settings),
+        controls=tuple(controls),
+        perplexity=perplexity,
+        counted="answer",
+    )
+    return _evaluate(recipe, store, asked, reporter, stop_requested)
+
+
+def _evaluate(
+    recipe: Recipe, store: Store, asked: Asked, reporter: "Reporter", stop_requested: Callable[[], bool]
+) -> list[dict[str, Any]]:
+    test, table = recipe.test, asked.table
+    if test is None:
         raise UsageError(
             "The recipe has no test section, so there is nothing to evaluate on. Add test.source, or give one: "
             "neuronlens evaluate STORE --set test.source=test.jsonl"
         )
+    for setting in asked.settings:
+        table.select(hook_points=setting.edit.hook_points, layers=setting.edit.layers)
+    labelled = load_labelled_test(recipe, test)
+    check_concepts(labelled, table.concepts, test.source, f"range table {table.id} has no ranges")
     skeleton = load_model(recipe.model.id, revision=recipe.model.revision, dtype=recipe.model.dtype, device="meta")
-    texts = load_test_texts(recipe, recipe.test, skeleton)
-    concepts = Counter(text.concept for text in texts)
-    _check_concepts(concepts, table, recipe.test)
-    answers = check_answers(skeleton, recipe, concepts) if recipe.data.answers else None
-    asked = content_hash([table.id, edit.model_dump(), answers, [[text.token_ids, text.concept] for text in texts]])
-    kept = f"evaluations/{table.id}.{asked[:12]}.json"
+    data = TestData.load(recipe, test, labelled, skeleton)
+    work_id = content_hash([asked.as_dict(), data.as_lists()])
+    kept = f"evaluations/{asked.name}.{work_id[:12]}.json"
     if store.exists(kept):
         reporter.say(f"evaluated before: {kept}")
         return list(store.read_json(kept)["rows"])
-    results = _run_cases(recipe, store, table, edit, texts, answers, skeleton, reporter, stop_requested)
-    if stop_requested():
+    if data.questions is not None and data.questions.n_too_long:
+        reporter.say(f"{data.questions.n_too_long:,} questions are longer than the model's window and were left out.")
+    plan, columns = _planned(store, asked, reporter)
+    measured = _measure(recipe, store, asked, work_id, plan, data, skeleton, reporter, stop_requested)
+    if measured is None:
         return []
-    rows = [dict(row) for row in erasure_rows(texts, results[0], results[1:])]
+    rows = erasure_rows(
+        data.texts,
+        measured,
+        plan.cases,
+        settings=columns,
+        counted=asked.counted,
+        right_choice_Q=None if data.questions is None else data.questions.right_Q,
+    )
     done = {
         "table": table.id,
-        "edit": edit.model_dump(mode="json"),
+        "edit": asked.edit.model_dump(mode="json"),
+        "controls": list(asked.controls),
         "coverage": table.header.coverage,
-        "n_texts": len(texts),
+        "n_texts": len(data.texts),
+        "n_off_task_texts": len(data.off_task),
+        "n_questions": 0 if data.questions is None else len(data.questions.prompts),
+        "n_passes": plan.n_passes,
         "rows": rows,
     }
     store.create_json(kept, done)
-    return rows
+    return [dict(row) for row in rows]
 
 
-def load_test_texts(recipe: Recipe, test: TestSection, skeleton: LoadedModel) -> tuple[TestText, ...]:
-    """The test texts as prompts, made the way that the training texts were."""
-    labelled = load_labelled(
-        test.source,
-        split=test.split,
-        text=recipe.data.text,
-        concept=recipe.data.concept,
-        max_per_concept=test.max_per_concept,
-    )
-    prompts = encode_prompts(
-        skeleton.tokenizer, recipe.data.prompt, [text.text for text in labelled], window=skeleton.window
-    )
-    return tuple(
-        TestText(token_ids=tuple(prompt.token_ids), concept=text.concept)
-        for text, prompt in zip(labelled, prompts, strict=True)
-    )
+def _planned(store: Store, asked: Asked, reporter: "Reporter") -> tuple[EvaluationPlan, list[dict[str, Any]]]:
+    """The interventions and the rows to be, and what the rows say of each setting."""
+    plan, columns = EvaluationPlan(), []
+    tables = tables_of(store, asked.table, asked.settings, asked.controls, reporter)
+    for number, (setting, made) in enumerate(zip(asked.settings, tables, strict=True)):
+        programs = plan_conditions(
+            plan, number, made.own, setting.edit, asked.table.concepts, positions=setting.positions
+        )
+        plan_controls(
+            plan,
+            number,
+            made.own,
+            setting.edit,
+            programs,
+            asked.controls,
+            made.controls,
+            positions=setting.positions,
+        )
+        columns.append(setting.columns(made.own))
+    return plan, columns
 
 
-def _run_cases(
+def _measure(
     recipe: Recipe,
     store: Store,
-    table: RangeTable,
-    edit: Edit,
-    texts: tuple[TestText, ...],
-    answers: dict[str, int] | None,
+    asked: Asked,
+    work_id: str,
+    plan: EvaluationPlan,
+    data: TestData,
     skeleton: LoadedModel,
     reporter: "Reporter",
     stop_requested: Callable[[], bool],
-) -> list[CaseResult]:
+) -> Measured | None:
+    """All passes over all texts, spread over workers by batches; None where a stop was requested before the end."""
     import ray
 
-    cases = erasure_cases(table.concepts)
-    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in skeleton.module.parameters())
-    layout = choose_layout(recipe.compute, n_jobs=len(cases), worker_memory_bytes=weight_bytes)
+    perplexity = asked.perplexity and skeleton.kind == "decoder"
+    work = EvaluationWork(
+        id=work_id,
+        plan=plan.bare(),
+        groups=tuple(plan.groups(MOST_PROGRAM_BYTES)),
+        counted=asked.counted,
+        perplexity=perplexity,
+        letter_ids=() if data.questions is None else data.questions.letter_ids,
+    )
+    layout = _layout(recipe, data, skeleton, plan.n_passes)
     tokens_per_batch = recipe.compute.tokens_per_batch
     if tokens_per_batch == "auto":
         tokens_per_batch = TOKENS_PER_BATCH[layout.device_type]
-    spec = WorkerSpec(model=recipe.model, store=store, layout=layout, tokens_per_batch=tokens_per_batch)
-    table_ref, texts_ref = ray.put(table), ray.put(texts)
+    jobs = data.jobs(skeleton, tokens_per_batch, len(work.groups))
+    n_questions = 0 if data.questions is None else len(data.questions.prompts)
+    measured = Measured.empty(
+        plan.n_passes,
+        len(data.texts),
+        answers=data.answer_X is not None,
+        perplexity=perplexity,
+        n_off_task=len(data.off_task),
+        n_questions=n_questions,
+    )
+    n_texts = len(data.texts) + len(data.off_task) + n_questions
+    spec = WorkerSpec(model=recipe.model, store=store, layout=layout)
+    work_ref = ray.put(work)
     with (
-        reporter.stage("evaluate", len(cases) * len(texts), "texts") as advance,
-        Pool[Case](start=worker_starter(spec), size=lambda: layout.n_workers) as pool,
+        reporter.stage("evaluate", n_texts * plan.n_passes, "texts") as advance,
+        Pool[EvaluationJob](start=worker_starter(spec), size=lambda: layout.n_workers) as pool,
     ):
-        kept = _Results(on_done=lambda: advance(len(texts)), stop_requested=stop_requested)
-        failures = pool.run(
-            cases, lambda actor, case: actor.evaluate.remote(table_ref, edit, case, texts_ref, answers), kept
-        )
+        watcher = _Filling(measured, work, on_done=advance, stop_requested=stop_requested)
+        failures = pool.run(jobs, lambda actor, job: actor.evaluate.remote(work_ref, job), watcher)
     if failures:
         raise RunFailed(
-            f"{len(failures)} of {len(cases)} evaluations failed, the first ({failures[0].job.condition}, "
-            f"{failures[0].job.concept}) because {failures[0].reason}. The store and its table are whole: mend the "
-            f"reason and run 'neuronlens evaluate {store.root} --table {table.id}'."
+            f"{len(failures)} of {len(jobs)} batches of test texts failed, the first ({failures[0].job}) because "
+            f"{failures[0].reason}. The store and its tables are whole: mend the reason and run 'neuronlens evaluate "
+            f"{store.root}' with the same options again."
         )
-    return [kept.found[case] for case in cases if case in kept.found]
+    return measured if watcher.n_done == len(jobs) else None
 
 
-class _Results(Watcher[Case]):
-    """Keeps what each case gave."""
+def _layout(recipe: Recipe, data: TestData, skeleton: LoadedModel, n_passes: int) -> Layout:
+    """As many workers as there is work for: what one does sooner than another starts, it does alone."""
+    n_parameters = sum(parameter.numel() for parameter in skeleton.module.parameters())
+    weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in skeleton.module.parameters())
+    seconds = 2 * n_parameters * data.n_tokens * n_passes / _OPERATIONS_PER_SECOND
+    return choose_layout(recipe.compute, n_jobs=1 + int(seconds / _WORKER_SECONDS), worker_memory_bytes=weight_bytes)
 
-    def __init__(self, *, on_done: Callable[[], None], stop_requested: Callable[[], bool]) -> None:
-        self.found: dict[Case, CaseResult] = {}
+
+class _Filling(Watcher[EvaluationJob]):
+    """Puts every batch's results in their places."""
+
+    def __init__(
+        self,
+        measured: Measured,
+        work: EvaluationWork,
+        *,
+        on_done: Callable[[int], None],
+        stop_requested: Callable[[], bool],
+    ) -> None:
+        self.n_done = 0
+        self._measured, self._work = measured, work
         self._on_done, self._stop_requested = on_done, stop_requested
 
-    def done(self, job: Case, result: CaseResult) -> None:
-        self.found[job] = result
-        self._on_done()
+    def done(self, job: EvaluationJob, result: Any) -> None:
+        passes = self._work.passes(job.group)
+        if job.kind == "labelled":
+            self._measured.put(passes, job.places, result)
+        elif job.kind == "off_task":
+            self._measured.put_off_task(passes, job.places, result)
+        else:
+            self._measured.put_choices(passes, job.places, result)
+        self.n_done += 1
+        self._on_done(len(job.places) * (len(passes) - (job.group > 0)))
 
     def stop_requested(self) -> bool:
         return self._stop_requested()
 
     def grace_seconds(self) -> float:
         return GRACE_SECONDS
-
-
-def _check_concepts(concepts: Counter[str], table: RangeTable, test: TestSection) -> None:
-    unknown = sorted(set(concepts) - set(table.concepts))
-    if unknown:
-        raise UsageError(
-            f"{test.source} has the concept {unknown[0]!r} ({concepts[unknown[0]]} of {concepts.total()} rows), for "
-            f"which the table has no ranges. It has: {', '.join(table.concepts)}. Drop those rows, or collect texts "
-            "of that concept."
-        )

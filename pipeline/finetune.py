@@ -27,7 +27,7 @@ from neuronlens.prompts import encode_prompts
 from neuronlens.recipe import FinetuneSection, Recipe
 from neuronlens.sources import LabelledText, load_labelled
 from neuronlens.store import content_hash
-from pipeline.erasure import load_test_texts
+from pipeline.erasure_texts import load_test_texts
 from pipeline.plan import TOKENS_PER_BATCH, check_answers, package_versions
 
 if TYPE_CHECKING:

@@ -15,16 +15,14 @@ import ray
 import torch
 
 from neuronlens.errors import UsageError
-from neuronlens.evaluation import Case, CaseResult, TestText, evaluate_case
 from neuronlens.models import load_model
-from neuronlens.programs import Edit
-from neuronlens.ranges import RangeTable
 from neuronlens.recipe import ComputeSection, ModelSection
 from neuronlens.store import Store
 from pipeline.backends import tensor_parallel_of
 from pipeline.collect import Collected, CollectSpec, commit_shard, read_samples, run_shard
+from pipeline.evaluator import EvaluationJob, EvaluationWork, Evaluator
 from pipeline.metrics import CollectorMetrics
-from pipeline.plan import SHARDS_IN_HAND, TOKENS_PER_BATCH, Shard
+from pipeline.plan import SHARDS_IN_HAND, Shard
 from pipeline.pool import Place, Started, here
 from pipeline.stopping import GRACE_SECONDS
 from pipeline.turns import Turns
@@ -107,7 +105,7 @@ class WorkerSpec:
 
 
 class ModelWorker:
-    """Holds the model; collects shards and evaluates cases.
+    """Holds the model; collects shards and evaluates batches of test texts.
 
     Up to SHARDS_IN_HAND shards at once, each in a thread of its own: one in the model, the others being written.
     SIGTERM (its node is taken away) gives it a few seconds to commit what it has in hand; the rest is dropped.
@@ -115,6 +113,7 @@ class ModelWorker:
 
     def __init__(self) -> None:
         self._n_in_hand = 0
+        self._evaluator: Evaluator | None = None
         self._counting = threading.Lock()
         signal.signal(signal.SIGTERM, self._leave)  # Ray's own handler waits for threads, however long they take
 
@@ -144,21 +143,12 @@ class ModelWorker:
         self._metrics.committed(receipt)
         return receipt
 
-    def evaluate(
-        self, table: RangeTable, edit: Edit, case: Case, texts: tuple[TestText, ...], answers: dict[str, int] | None
-    ) -> CaseResult:
-        """One intervention on all test texts."""
+    def evaluate(self, work: EvaluationWork, job: EvaluationJob) -> Any:
+        """One batch of test texts under a group of interventions."""
         torch.set_num_threads(self._spec.layout.n_threads)
-        return evaluate_case(
-            self._loaded,
-            table,
-            case,
-            texts,
-            answers,
-            tokens_per_batch=self._spec.tokens_per_batch or TOKENS_PER_BATCH[self._spec.layout.device_type],
-            edit=edit,
-            overrides=self._spec.model.modules or None,
-        )
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self._loaded, self._spec.model.modules or None)
+        return self._evaluator.run(work, job)
 
     def _hold_model(self) -> None:
         model, layout = self._spec.model, self._spec.layout

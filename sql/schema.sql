@@ -86,14 +86,24 @@ select null::varchar as filename,
     null::smallint as piece, null::double as posterior
 limit 0;
 
--- One JSON file per range table, test set and edit, with a row per concept and condition.
+-- One JSON file per evaluation or sweep, with a row per setting, concept and condition.
 create or replace view evaluations_files as
 select null::varchar as "filename", null::varchar as "table", null::bigint as n_texts,
     null::struct(action varchar, factor double, "value" double, layers integer[], hook_points varchar[], tau double,
         top_fraction double) as edit,
-    null::struct(concept varchar, condition varchar,
+    null::struct(setting integer, table_id varchar, concept varchar, condition varchar, control varchar,
+        tau double, top_fraction double, layers integer[], hook_points varchar[], salience varchar, "method" varchar,
+        mass double, penalty double, budget double, action varchar, factor double, "value" double, positions varchar,
         target_accuracy double, target_accuracy_low double, target_accuracy_high double, target_confidence double,
         complement_accuracy double, complement_accuracy_low double, complement_accuracy_high double,
         complement_confidence double, n_target bigint, n_complement bigint, perplexity double,
-        tested bigint, changed bigint)[] as "rows"
+        tested bigint, changed bigint, changed_share double, counted varchar, kl_target double, kl_complement double,
+        target_drop double, target_drop_low double, target_drop_high double,
+        complement_drop double, complement_drop_low double, complement_drop_high double,
+        selectivity double, selectivity_low double, selectivity_high double,
+        target_accuracy_drop double, target_accuracy_drop_low double, target_accuracy_drop_high double,
+        complement_accuracy_drop double, complement_accuracy_drop_low double, complement_accuracy_drop_high double,
+        selectivity_accuracy double, selectivity_accuracy_low double, selectivity_accuracy_high double,
+        off_task_perplexity double, off_task_kl double,
+        choice_accuracy double, choice_accuracy_low double, choice_accuracy_high double)[] as "rows"
 limit 0;

@@ -59,8 +59,25 @@ select regexp_extract(filename, 'tbl_\w+') as table_id,
     hook_point, layer, neuron, concept, n, mean, std, mean_abs, salience, rank, lower, upper, piece, posterior
 from (select null::smallint as piece, null::double as posterior where false union all by name from ranges_files);
 
+-- Rows say of what they are since there are sweeps; older ones leave it to their file.
 create or replace view evaluations as
-select parse_filename(filename, true) as evaluation_id, "table" as table_id, edit.action as action, edit.factor as factor,
-    edit."value" as "value", edit.layers as layers, edit.hook_points as hook_points, edit.tau as edit_tau, edit.top_fraction as edit_top_fraction, n_texts,
-    unnest("rows", recursive := true)
-from evaluations_files;
+with row_of_file as (
+    select parse_filename(filename, true) as evaluation_id, "table", edit, n_texts, unnest("rows") as r from evaluations_files
+)
+select evaluation_id, coalesce(r.setting, 0) as setting, coalesce(r.table_id, "table") as table_id,
+    coalesce(r.action, edit.action) as action, if(r.action is null, edit.factor, r.factor) as factor,
+    if(r.action is null, edit."value", r."value") as "value", if(r.action is null, edit.layers, r.layers) as layers,
+    if(r.action is null, edit.hook_points, r.hook_points) as hook_points, edit.tau as edit_tau,
+    edit.top_fraction as edit_top_fraction, n_texts, r.tau, r.top_fraction, r.salience, r."method", r.mass, r.penalty, r.budget,
+    coalesce(r.positions, 'all') as positions, r.concept, r.condition, r.control,
+    r.target_accuracy, r.target_accuracy_low, r.target_accuracy_high, r.target_confidence,
+    r.complement_accuracy, r.complement_accuracy_low, r.complement_accuracy_high, r.complement_confidence,
+    r.n_target, r.n_complement, r.perplexity, r.tested, r.changed,
+    coalesce(r.changed_share, r.changed / nullif(r.tested, 0)) as changed_share, coalesce(r.counted, 'all') as counted,
+    r.kl_target, r.kl_complement, r.target_drop, r.target_drop_low, r.target_drop_high,
+    r.complement_drop, r.complement_drop_low, r.complement_drop_high, r.selectivity, r.selectivity_low, r.selectivity_high,
+    r.target_accuracy_drop, r.target_accuracy_drop_low, r.target_accuracy_drop_high,
+    r.complement_accuracy_drop, r.complement_accuracy_drop_low, r.complement_accuracy_drop_high,
+    r.selectivity_accuracy, r.selectivity_accuracy_low, r.selectivity_accuracy_high,
+    r.off_task_perplexity, r.off_task_kl, r.choice_accuracy, r.choice_accuracy_low, r.choice_accuracy_high
+from row_of_file;

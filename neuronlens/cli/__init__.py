@@ -16,6 +16,9 @@ from neuronlens.cli import see
 from neuronlens.cli import tables
 
 # isort: split
+from neuronlens.cli import evaluate
+
+# isort: split
 from neuronlens.cli import diff
 
 # isort: split
@@ -34,7 +37,7 @@ from neuronlens.cli import deploy
 from neuronlens.cli.app import app
 from neuronlens.console import command_line
 
-__all__ = ["app", "ask", "deploy", "diff", "main", "recut", "runs", "see", "serve", "steer", "tables"]
+__all__ = ["app", "ask", "deploy", "diff", "evaluate", "main", "recut", "runs", "see", "serve", "steer", "tables"]
 
 
 def main() -> None:

@@ -1,11 +1,10 @@
-"""The commands around range tables: ranges, publish, evaluate, verify."""
+"""The commands around range tables: ranges, publish, verify."""
 
 from typing import Annotated
 
 import typer
 
 from neuronlens.cli.app import (
-    ChangesOption,
     JsonOption,
     KeyFileOption,
     PublishOption,
@@ -89,36 +88,6 @@ def publish(
     stderr().print(f"{chosen.id}: {chosen.rows.num_rows:,} ranges published to {to}", highlight=False)
     if as_json:
         print_json({"range_table": chosen.id, "rows": chosen.rows.num_rows, "url": to})
-
-
-@app.command(epilog="Example: `neuronlens evaluate STORE --table tbl_0123456789abcdef --json`")
-def evaluate(
-    store: StoreArgument,
-    table: TableOption = None,
-    layers: Annotated[list[int] | None, typer.Option("--layer", help="Only in this layer. Repeatable.")] = None,
-    action: Annotated[str, typer.Option(help="zero, mean, dampen, adaptive or set.")] = "zero",
-    factor: Annotated[float | None, typer.Option(help="What dampen and adaptive multiply by.")] = None,
-    value: Annotated[float | None, typer.Option(help="What set puts in place.")] = None,
-    changes: ChangesOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """What do the ranges erase, and what do they spare? Against the bare model and whole-neuron masking."""
-    from neuronlens.programs import Edit
-    from neuronlens.recipe import parse_section
-    from neuronlens.report import erasure_table
-    from pipeline.driver import ray_session
-    from pipeline.emit import load_table
-    from pipeline.erasure import evaluate_table, recipe_of
-
-    opened = open_store(store)
-    chosen, recipe = load_table(opened, table), recipe_of(opened, changes)
-    asked = {"action": action, "factor": factor, "value": value, "layers": tuple(layers) if layers else None}
-    edit = parse_section(Edit, {key: given for key, given in asked.items() if given is not None}, origin="evaluate")
-    with ray_session():
-        rows = evaluate_table(recipe, opened, chosen, ConsoleReporter(stderr()), edit)
-    stderr().print(erasure_table(rows))
-    if as_json:
-        print_json({"rows": rows})
 
 
 @app.command(epilog="Example: `neuronlens verify STORE --json`")

@@ -14,7 +14,15 @@ from neuronlens.page.elements import Drawing, Part, Query, Section, Table
 from neuronlens.page.facts import Facts
 
 MAX_EVALUATIONS = 4
-_NAMES = {"base": "no intervention", "neuron": "whole neuron", "range": "range"}
+_NAMES = {
+    "base": "no intervention",
+    "neuron": "whole neuron",
+    "range": "range",
+    "random": "random neurons",
+    "wrong_concept": "another concept's range",
+    "shuffled": "range of shuffled labels",
+    "length_matched": "range, others as long",
+}
 _ABOUT = {
     "accuracy": "share answered right, with its 95 % interval",
     "confidence": "mean probability of the right answer",
@@ -52,7 +60,11 @@ class Evaluation:
 
 
 def evaluations_of(facts: Facts) -> list[Evaluation]:
-    return [Evaluation(title=_title(one), rows=one["rows"]) for one in facts.evaluations if one.get("rows")]
+    """Those of one setting; of a sweep, a section a setting would be too many."""
+    single = [one for one in facts.evaluations if len({row.get("setting", 0) for row in one.get("rows", ())}) == 1]
+    return [
+        Evaluation(title=_title(one), rows=[row for row in one["rows"] if row["concept"] is not None]) for one in single
+    ]
 
 
 def section(desk: Desk, evaluations: Sequence[Evaluation]) -> Section:

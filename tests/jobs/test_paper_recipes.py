@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from neuronlens.models import load_model
 from neuronlens.recipe import Recipe, load_recipe
 from pipeline.driver import Silent
-from pipeline.erasure import load_test_texts
+from pipeline.erasure_texts import load_test_texts
 from pipeline.finetune import finetune
 from pipeline.plan import make_plan
 from tests.tiny_models import SENTENCES, save_tiny, tiny_model, tiny_tokenizer

@@ -134,7 +134,7 @@ class TestStore:
         assert made["range_table"] in asked.stderr
         done = neuronlens("evaluate", "store", "--table", made["range_table"], "--json", cwd=folder)
         rows = json.loads(done.stdout)["rows"]
-        assert [row["condition"] for row in rows] == ["base", "neuron", "range"] * 2
+        assert [row["condition"] for row in rows] == ["base", "neuron", "range"] * 3  # two concepts and their mean
         wanted = {"target_accuracy", "target_confidence", "complement_accuracy", "complement_confidence", "perplexity"}
         assert wanted | {"concept", "n_target", "n_complement", "tested", "changed"} <= set(rows[0])
 

@@ -38,6 +38,8 @@ ALL_NEURONS = {"first_neuron": 0, "last_neuron": 5}
 PARAMS = {
     "merge": LAYER_1,
     "moments_from_raw": LAYER_1,
+    "pooled_moments": LAYER_1,
+    "shuffled_moments": LAYER_1 | {"seed": 0},
     "merged_histograms": LAYER_1 | {"concept": "joy"},
     "overlap": LAYER_1 | ALL_NEURONS | {"tau": 2.5},
     "kept_pairs": LAYER_1 | {"top": 2, "threshold": None},

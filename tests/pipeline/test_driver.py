@@ -39,7 +39,9 @@ def test_run__leaves_everything_that_it_promises(finished):
     root, summary = finished
     assert summary.n_samples == 120
     assert set(summary.stages) == {"plan", "collect", "statistics", "ranges", "evaluate"}
-    assert len(summary.erasure) == 3 * 3
+    assert [(row["concept"], row["condition"]) for row in summary.erasure] == [
+        (concept, condition) for concept in ("anger", "fear", "joy", None) for condition in ("base", "neuron", "range")
+    ]
     table = RangeTable.load(str(root / "ranges" / summary.range_table))
     assert table.concepts == ("anger", "fear", "joy")
     assert table.hook_points == ("mlp_post", "resid_post")
@@ -190,7 +192,7 @@ def test_run__evaluates_a_classifier_by_its_head(place, tmp_path, architecture):
     for row in answered.to_pylist():
         best = int(model(input_ids=torch.tensor([row["token_ids"]])).logits[0].argmax())
         assert (labels[row["predicted"]], row["correct"]) == (best, best == labels[row["concept"]])
-    base = [row for row in summary.erasure if row["condition"] == "base"]
+    base = [row for row in summary.erasure if row["condition"] == "base" and row["concept"] is not None]
     assert sum(row["n_target"] for row in base) == 30
     assert all(row["perplexity"] is None and row["target_accuracy"] is not None for row in base)
 

@@ -221,5 +221,5 @@ def test_stages__run_apart_give_what_the_whole_job_gives(place, tmp_path, undist
             assert done.returncode == 0, done.stderr
             found[job] = json.loads(done.stdout.splitlines()[-1])
     assert found["ranges"]["range_table"] == summary["range_table"]
-    assert len(found["evaluate"]["rows"]) == 9
+    assert len(found["evaluate"]["rows"]) == 12
     assert_same_tables(store, root)
