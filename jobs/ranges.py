@@ -32,6 +32,8 @@ def main(
         opened,
         tau=asked.tau,
         top_fraction=asked.top_fraction,
+        method=asked.method,
+        options=asked.options,
         salience=asked.salience,
         reporter=ConsoleReporter(stderr()),
     )

@@ -23,8 +23,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from neuronlens.errors import UsageError
 from neuronlens.ranges import RangeTable
 
-Action = Literal["zero", "mean", "dampen", "adaptive", "set", "soften"]
+Action = Literal["zero", "mean", "others", "dampen", "adaptive", "set", "soften"]
 
+_MEANS = {"mean": "mean", "others": "mean_others"}
+"""The column of the table that such an action puts in place of a value."""
+_NEED_HISTOGRAMS = {
+    "soften": "multiplies by 1 - the posterior of each range",
+    "others": "puts the mean of the other concepts in place of a value",
+}
+"""What an action takes that tables of method paper do not hold."""
 ADAPTIVE_FACTOR = 0.125
 """The factor of the paper's dampening."""
 
@@ -32,10 +39,10 @@ ADAPTIVE_FACTOR = 0.125
 class Edit(BaseModel):
     """What a rule does, and where, for whichever concept.
 
-    Inside the range, x becomes: zero: 0; mean: the concept's mean; set: `value`; dampen: `factor` * x; adaptive:
-    x * `factor` * |x - centre| / half width, which spares values at the edge and is 0 at the centre; soften:
-    x * (1 - posterior), the probability that the value is not the concept's. Of a range with pieces, adaptive takes
-    the centre and half width of the piece that holds x, soften its posterior.
+    Inside the range, x becomes: zero: 0; mean: the concept's mean; others: the mean of all other concepts; set:
+    `value`; dampen: `factor` * x; adaptive: x * `factor` * |x - centre| / half width, which spares values at the edge
+    and is 0 at the centre; soften: x * (1 - posterior), the probability that the value is not the concept's. Of a range
+    with pieces, adaptive takes the centre and half width of the piece that holds x, soften its posterior.
 
     layers and hook_points: None means all of the table's. tau: None means the table's own bounds, a number means
     mean -+ tau * std whatever the pieces, inf means every value of the neuron. top_fraction: None means all of the
@@ -238,10 +245,10 @@ def first_conflict(program: Program) -> Conflict | None:
 
 def _compile_rule(table: RangeTable, rule: Rule, place: int) -> list[SiteProgram]:
     """The arrays [pieces, N] of one rule, the program's number `place`, at every site where it names a neuron."""
-    if rule.action == "soften" and not table.has_pieces:
+    if rule.action in _NEED_HISTOGRAMS and not table.has_pieces:
         raise UsageError(
-            f"Action soften multiplies by 1 - the posterior of each range, and range table {table.id} has none: its "
-            "method is paper. Make one that has: neuronlens ranges STORE --method likelihood_ratio"
+            f"Action {rule.action} {_NEED_HISTOGRAMS[rule.action]}, and range table {table.id} has none: its method is "
+            "paper. Make one that has: neuronlens ranges STORE --method likelihood_ratio"
         )
     rows = table.select(
         rule.concept,
@@ -310,7 +317,9 @@ def _affine(rule: Rule, rows: pa.Table) -> tuple[np.ndarray | float, np.ndarray 
         return rule.factor, 0.0
     if rule.action == "set" and rule.value is not None:
         return 0.0, rule.value
-    return 0.0, rows["mean"].to_numpy() if rule.action == "mean" else 0.0
+    if rule.action in _MEANS:
+        return 0.0, rows[_MEANS[rule.action]].to_numpy()
+    return 0.0, 0.0
 
 
 def _slope(rule: Rule, lower: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -53,18 +53,24 @@ SCHEMA = pa.schema(
 """The columns of a range table of method paper, in order. Rows are sorted by ROW_ORDER."""
 
 PIECES_SCHEMA = pa.schema(
-    [*SCHEMA, pa.field("piece", pa.int16(), nullable=False), pa.field("posterior", pa.float64(), nullable=False)]
+    [
+        *SCHEMA,
+        pa.field("piece", pa.int16(), nullable=False),
+        pa.field("posterior", pa.float64(), nullable=False),
+        pa.field("mean_others", pa.float64(), nullable=False),
+    ]
 )
 """The columns of any other table: `piece` counts the intervals of one neuron from 0, ascending; `posterior` is the
-probability of the concept given that the neuron's value lies in the piece. The other columns but the bounds are the
-same for all pieces of a neuron. Rows are sorted by ROW_ORDER, then piece."""
+probability of the concept given that the neuron's value lies in the piece, were the concept as frequent as all others
+together; `mean_others` is the mean over the values of all other concepts. The other columns but the bounds are the same
+for all pieces of a neuron. Rows are sorted by ROW_ORDER, then piece."""
 
 ROW_ORDER = ("hook_point", "layer", "concept", "rank", "neuron")
 """Strings by their code points, so that a layer lies together and within it a concept, most salient neuron first."""
 
 MAX_PIECES = 64
 """Of one neuron: each costs a program a row of arrays as wide as the layer."""
-_OF_THE_NEURON = ("n", "mean", "std", "mean_abs", "salience")
+_OF_THE_NEURON = ("n", "mean", "std", "mean_abs", "salience", "mean_others")
 """What the pieces of a neuron have in common, besides its place and rank."""
 
 _N_LISTED = 40
@@ -479,6 +485,7 @@ def _check_pieces(number: Mapping[str, np.ndarray], is_first_piece: np.ndarray) 
     _refuse(number, touches & ~is_first_piece, "lower", "above the upper bound of the neuron's piece before it")
     is_probability = (number["posterior"] >= 0) & (number["posterior"] <= 1)
     _refuse(number, ~is_probability, "posterior", "0 to 1")
+    _refuse(number, ~np.isfinite(number["mean_others"]), "mean_others", "finite")
 
 
 def _is_first(*columns: np.ndarray) -> np.ndarray:

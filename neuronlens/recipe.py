@@ -28,8 +28,10 @@ SQL_SALIENCE_METHODS = (
 """What sql/salience.sql answers, for every run."""
 SALIENCE_METHODS = (*SQL_SALIENCE_METHODS, "probe")
 """`probe` needs raw values, and is fitted when a range table asks for it."""
-RANGE_OPTIONS = {"mass": "hpd", "penalty": "likelihood_ratio", "budget": "budget"}
-"""Key of `ranges` -> the one method that it belongs to."""
+RANGE_OPTIONS = {"mass": ("hpd", 0.9), "penalty": ("likelihood_ratio", 3.0), "budget": ("budget", 0.1)}
+"""Key of `ranges` -> the one method that it belongs to, and what it is there by default."""
+CHOOSY_METHODS = ("likelihood_ratio", "budget", "posterior")
+"""These leave neurons out by themselves, so that all of them are salient by default."""
 UNITS = ("last_token", "token", "mean", "cls")
 
 _BYTE_UNITS = {
@@ -150,7 +152,7 @@ class CollectSection(_Section):
 
 
 class RangesSection(_Section):
-    method: Literal["paper", "hpd", "likelihood_ratio", "budget"] = "paper"
+    method: Literal["paper", "hpd", "likelihood_ratio", "budget", "posterior"] = "paper"
     tau: float = Field(default=2.5, gt=0)
     """Method paper: half of a range's width, in standard deviations."""
     mass: float | None = Field(default=None, gt=0, le=1)
@@ -159,9 +161,22 @@ class RangesSection(_Section):
     top_fraction: float = Field(default=0.3, gt=0, le=1)
     salience: Literal[SALIENCE_METHODS] = "mean_abs"  # type: ignore[valid-type]
 
+    @property
+    def options(self) -> dict[str, float]:
+        """The method's own number, by its name; none for paper and posterior."""
+        owned = {option: default for option, (method, default) in RANGE_OPTIONS.items() if method == self.method}
+        return {option: getattr(self, option) or default for option, default in owned.items()}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_neurons_of_a_choosy_method(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("method") in CHOOSY_METHODS and given.get("top_fraction") is None:
+            return {**given, "top_fraction": 1.0}
+        return given
+
     @model_validator(mode="after")
     def _options_of_its_method(self) -> "RangesSection":
-        for option, method in RANGE_OPTIONS.items():
+        for option, (method, _) in RANGE_OPTIONS.items():
             value = getattr(self, option)
             if value is not None and method != self.method:
                 raise ValueError(

@@ -191,6 +191,8 @@ class Driver:
                 store,
                 tau=asked.tau,
                 top_fraction=asked.top_fraction,
+                method=asked.method,
+                options=asked.options,
                 salience=asked.salience,
                 reporter=self.reporter,
             )

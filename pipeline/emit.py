@@ -1,5 +1,6 @@
-"""The ranges stage: from a store's moments and salience to an immutable range table, and on to a server."""
+"""The ranges stage: from a store's moments, salience and histograms to an immutable range table, and on to a server."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from neuronlens.client import Client, read_key
 from neuronlens.errors import NeuronLensError, UsageError
 from neuronlens.query import connect, run_file
-from neuronlens.ranges import RangeTable, TableModel
+from neuronlens.ranges import PAPER, RangeTable, TableModel
 from neuronlens.retry import retried
 from neuronlens.store import Store
 from pipeline.coverage import coverage_of
+from pipeline.pieces import Method, with_pieces
 from pipeline.probe import make_probes
 from pipeline.statistics import inputs_hash
 
@@ -21,8 +23,20 @@ FIRST_METHODS = ("mean_abs", "cohens_d", "selectivity")
 """What the salience of a layer holds whose receipt has no list of methods: there were no others then."""
 
 
-def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str, reporter: "Reporter") -> RangeTable:
+def emit_table(
+    store: Store,
+    *,
+    tau: float,
+    top_fraction: float,
+    salience: str,
+    reporter: "Reporter",
+    method: str = PAPER,
+    options: Mapping[str, float] | None = None,
+) -> RangeTable:
     """Make, save and return the range table of a store. The same arguments give the same table, with the same id.
+
+    method and options: as in the recipe's section `ranges`, all options given. tau is what the ranges of method paper
+    have; by any other method it only stands in the table.
 
     Salience `probe` trains the linear probes that the store does not hold yet. Raises UsageError where the store has no
     statistics yet, or none by that method of salience, or where no concept has a range.
@@ -41,6 +55,10 @@ def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str, 
         _check_salience(store, statistics, salience)
     with connect(store.file_lists(), fs=store.fs) as con:
         rows = run_file(con, "ranges", tau=tau, top_fraction=top_fraction, salience=salience)
+        if method != PAPER:
+            chosen = Method(name=method, options=options or {})
+            with reporter.stage("ranges", chosen.n_passes * len(statistics), "layers") as advance:
+                rows = with_pieces(con, store, rows, chosen, n_threads=os.cpu_count() or 1, advance=advance)
     model = description["model"]
     table = RangeTable.make(
         rows,
@@ -52,6 +70,8 @@ def emit_table(store: Store, *, tau: float, top_fraction: float, salience: str, 
         unit=description["unit"],
         widths=description["widths"],
         coverage=coverage_of(store, commits),
+        method=method,
+        options=options,
     )
     retried(f"write the table {table.id} into {store.root}", lambda: table.save(store.root, store.fs))
     return table

@@ -216,12 +216,13 @@ comment on column ranges.lower is 'Lower end, inclusive: mean - tau * std, or th
 comment on column ranges.upper is 'Upper end, inclusive: mean + tau * std, or that of the piece';
 comment on column ranges.piece is 'Number of the piece in the neuron''s range, ascending from 0; NULL where the table''s method is paper, whose ranges are one piece';
 comment on column ranges.posterior is 'Probability of the concept, given that the value lies in the piece; NULL where the table''s method is paper';
+comment on column ranges.mean_others is 'Mean over the values of all other concepts; NULL where the table''s method is paper';
 
 comment on view evaluations is 'What erasing a concept did to it and to the others, a row per setting, target and condition';
 comment on column evaluations.evaluation_id is 'The name of the file that holds the row: one table or sweep, with what was asked of it and on which test texts';
 comment on column evaluations.setting is 'Number of the setting within the evaluation, from 0';
 comment on column evaluations.table_id is 'Range table that was evaluated';
-comment on column evaluations.action is 'What was done inside the range: zero, mean, dampen, adaptive, set or soften';
+comment on column evaluations.action is 'What was done inside the range: zero, mean, others, dampen, adaptive, set or soften';
 comment on column evaluations.factor is 'What dampen and adaptive multiply by';
 comment on column evaluations."value" is 'What set puts in place';
 comment on column evaluations.layers is 'Layers in which it was done; NULL for all of the table''s';

@@ -77,13 +77,13 @@ select null::smallint as layer, null::varchar as hook_point, null::integer as ne
 limit 0;
 
 -- Several tables may lie in one store; the path says which table a row belongs to. Only those of another method than paper have
--- piece and posterior: read them with union_by_name = true, and where none has them, views.sql adds them.
+-- piece, posterior and mean_others: read them with union_by_name = true, and where none has them, views.sql adds them.
 create or replace view ranges_files as
 select null::varchar as filename,
     null::varchar as hook_point, null::smallint as layer, null::integer as neuron, null::varchar as concept,
     null::bigint as n, null::double as mean, null::double as std, null::double as mean_abs,
     null::double as salience, null::integer as rank, null::double as lower, null::double as upper,
-    null::smallint as piece, null::double as posterior
+    null::smallint as piece, null::double as posterior, null::double as mean_others
 limit 0;
 
 -- One JSON file per evaluation or sweep, with a row per setting, concept and condition.

@@ -56,8 +56,8 @@ select f.layer, f.hook_point, f.neuron, f.concept, f.method, f.score, f.rank fro
 -- Where every table is of method paper, the files lack the columns of pieces.
 create or replace view ranges as
 select regexp_extract(filename, 'tbl_\w+') as table_id,
-    hook_point, layer, neuron, concept, n, mean, std, mean_abs, salience, rank, lower, upper, piece, posterior
-from (select null::smallint as piece, null::double as posterior where false union all by name from ranges_files);
+    hook_point, layer, neuron, concept, n, mean, std, mean_abs, salience, rank, lower, upper, piece, posterior, mean_others
+from (select null::smallint as piece, null::double as posterior, null::double as mean_others where false union all by name from ranges_files);
 
 -- Rows say of what they are since there are sweeps; older ones leave it to their file.
 create or replace view evaluations as

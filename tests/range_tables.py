@@ -45,7 +45,7 @@ def row(concept: str, neuron: int, mean: float, std: float, **fields: Any) -> di
 
 def table_of(rows: Sequence[dict[str, Any]], *, widths: dict[str, int] | None = None, **header: Any) -> RangeTable:
     """The range table of these rows; `header` overrides the header's fields. Rows of another method than paper have a
-    piece and a posterior too."""
+    piece, a posterior and a mean of the others too."""
     fields = {**HEADER, "widths": widths or {"mlp_post": 4}, **header}
     schema = PIECES_SCHEMA if "method" in header else SCHEMA
     return RangeTable.make(pa.Table.from_pylist(list(rows), schema=schema), **fields)
@@ -53,7 +53,7 @@ def table_of(rows: Sequence[dict[str, Any]], *, widths: dict[str, int] | None = 
 
 def pieces(concept: str, neuron: int, bounds: Sequence[tuple[float, float, float]], **fields: Any) -> list[dict]:
     """Rows of one neuron's pieces (lower, upper, posterior), with the moments 0.5 -+ 0.5 unless `fields` has others."""
-    shared = {"mean": 0.5, "std": 0.5, **fields}
+    shared = {"mean": 0.5, "std": 0.5, "mean_others": -0.25, **fields}
     return [
         row(concept, neuron, **shared, lower=lower, upper=upper, piece=piece, posterior=posterior)
         for piece, (lower, upper, posterior) in enumerate(bounds)
@@ -74,6 +74,7 @@ def random_pieces(
                 posteriors = rng.choice([0.0, 0.25, 0.9, 1.0], len(edges) // 2).tolist()
                 bounds = list(zip(edges[::2], edges[1::2], posteriors, strict=True))
                 moments = {"mean": float(rng.normal(0, 0.5)), "std": float(rng.uniform(0.1, 0.5))}
+                moments["mean_others"] = float(rng.normal(0, 0.5))
                 place = {"layer": layer, "hook_point": hook_point, "rank": rank, **moments}
                 rows += pieces(concept, neuron, bounds, **place)
     return rows
@@ -92,7 +93,7 @@ def large_table_with_pieces(n_rows: int) -> RangeTable:
 
 RULES_ON_PIECES: list[list[dict[str, Any]]] = [
     [{"concept": "joy", "action": "soften"}],
-    [{"concept": "fear"}],
+    [{"concept": "fear"}, {"concept": "joy", "action": "others"}],
     [{"concept": "joy", "action": "adaptive", "factor": 0.5}, {"concept": "fear", "action": "soften"}],
     [{"concept": "fear", "action": "mean", "tau": 1.5}, {"concept": "joy", "action": "dampen", "factor": 0.5}],
 ]
@@ -133,7 +134,7 @@ def _replacement(rule: dict[str, Any], r: dict[str, Any], x: float) -> float | N
         return float(x * rule.get("factor", 0.125) * abs(x - (lower + upper) / 2) / half_width)
     if action == "dampen":
         return float(x * rule["factor"])
-    return {"zero": 0.0, "mean": r["mean"], "set": rule.get("value")}[action]
+    return {"zero": 0.0, "mean": r["mean"], "others": r.get("mean_others"), "set": rule.get("value")}[action]
 
 
 def large_table(n_rows: int, concept: str = "joy") -> RangeTable:

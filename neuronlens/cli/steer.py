@@ -29,7 +29,7 @@ def steer(
     store: StoreArgument,
     text: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
     concepts: Annotated[list[str], typer.Option("--concept", help="Whose ranges. Repeatable.")],
-    action: Annotated[str, typer.Option(help="zero, mean, dampen, adaptive, set or soften.")] = "zero",
+    action: Annotated[str, typer.Option(help="zero, mean, others, dampen, adaptive, set or soften.")] = "zero",
     factor: Annotated[float | None, typer.Option(help="What dampen and adaptive multiply by.")] = None,
     value: Annotated[float | None, typer.Option(help="What set puts in place.")] = None,
     tau: Annotated[float | None, typer.Option(help="Half width of a range [default: the table's]; inf: all.")] = None,

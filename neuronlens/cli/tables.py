@@ -20,8 +20,26 @@ from neuronlens.errors import RunFailed, UsageError
 @app.command(epilog="Example: `neuronlens ranges STORE --tau 2.0 --top-fraction 0.5`")
 def ranges(
     store: StoreArgument,
-    tau: Annotated[float, typer.Option(help="Half width of a range in standard deviations.")] = 2.5,
-    top_fraction: Annotated[float, typer.Option(help="Share of a layer's neurons that count as salient.")] = 0.3,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="paper (mean -+ tau std), hpd (the shortest interval with so much of the concept), likelihood_ratio "
+            "(values likelier under the concept), budget (the same, for so much of the others' values) or posterior "
+            "(for the action soften). See docs/method.md."
+        ),
+    ] = "paper",
+    tau: Annotated[float, typer.Option(help="Method paper: half width of a range in standard deviations.")] = 2.5,
+    mass: Annotated[float | None, typer.Option(help="Method hpd: share of the concept's values [0.9].")] = None,
+    penalty: Annotated[
+        float | None, typer.Option(help="Method likelihood_ratio: how many times likelier under the concept [3].")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Method budget: share of the others' values, the mean over neurons [0.1].")
+    ] = None,
+    top_fraction: Annotated[
+        float | None,
+        typer.Option(help="Share of a layer's neurons that count as salient [0.3; 1 where the method chooses]."),
+    ] = None,
     salience: Annotated[
         str,
         typer.Option(
@@ -38,8 +56,17 @@ def ranges(
     from pipeline.emit import emit_table, publish_table
 
     opened = open_store(store)
+    given = {
+        "method": method,
+        "tau": tau,
+        "mass": mass,
+        "penalty": penalty,
+        "budget": budget,
+        "top_fraction": top_fraction,
+        "salience": salience,
+    }
     asked = parse_section(
-        RangesSection, {"tau": tau, "top_fraction": top_fraction, "salience": salience}, origin="ranges"
+        RangesSection, {key: value for key, value in given.items() if value is not None}, origin="ranges"
     )
     table = emit_table(
         opened,
@@ -47,8 +74,12 @@ def ranges(
         top_fraction=asked.top_fraction,
         salience=asked.salience,
         reporter=ConsoleReporter(stderr()),
+        method=asked.method,
+        options=asked.options,
     )
-    stderr().print(f"{table.id}: {table.rows.num_rows:,} ranges, tau {tau:g}, top {top_fraction:.0%} by {salience}")
+    how = f"tau {asked.tau:g}" if method == "paper" else " ".join([method, *(f"{v:g}" for v in asked.options.values())])
+    top = f"top {asked.top_fraction:.0%} by {asked.salience}"
+    stderr().print(f"{table.id}: {table.rows.num_rows:,} ranges, {how}, {top}", highlight=False)
     if publish is not None:
         publish_table(table, to=publish, key_file=key_file, kept_in=opened.root)
         stderr().print(f"published to {publish}", highlight=False)

@@ -53,10 +53,10 @@ Seed = Annotated[Int, Field(ge=-(2**63), lt=2**63), WithJsonSchema({"type": "int
 class Rule(programs.Rule):
     """What is done to the values that belong to one concept.
 
-    Inside the range, x becomes: zero: 0; mean: the concept's mean; set: `value`; dampen: `factor` * x; adaptive:
-    x * `factor` * |x - centre| / half width; soften: x * (1 - posterior), for tables of any method but paper, and
-    without tau. Left out or null, layers, hook_points, neurons and top_fraction mean all that the table has, and tau
-    the table's own bounds.
+    Inside the range, x becomes: zero: 0; mean: the concept's mean; others: the mean of all other concepts; set:
+    `value`; dampen: `factor` * x; adaptive: x * `factor` * |x - centre| / half width; soften: x * (1 - posterior),
+    without tau. others and soften are for tables of any method but paper. Left out or null, layers, hook_points,
+    neurons and top_fraction mean all that the table has, and tau the table's own bounds.
     """
 
     factor: Float | None = Field(default=None, ge=0, le=1)

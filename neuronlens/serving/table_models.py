@@ -86,6 +86,8 @@ class RangePiece(RangeRow):
     """The number of the interval, ascending from 0."""
     posterior: float
     """The probability of the concept, given that the value lies in the interval."""
+    mean_others: float
+    """The mean over the values of all other concepts."""
 
 
 class RangeList(BaseModel):

@@ -181,7 +181,7 @@ def test_compile__refuses_a_rule_that_names_no_neuron() -> None:
         ([{"concept": "joy", "top_fraction": 0.9}], "at most 0.5"),
         ([{"concept": "anger", "layers": [3]}], "no layer 3 for anger. It has: 0"),
         ([{"concept": "joy", "strength": 2}], "strength: Extra inputs are not permitted"),
-        ([{"concept": "joy", "action": "erase"}], "the actions are zero, mean, dampen, adaptive, set, soften"),
+        ([{"concept": "joy", "action": "erase"}], "the actions are zero, mean, others, dampen, adaptive, set, soften"),
         ([{"action": "zero"}], "concept: Field required"),
         ([{"concept": "joy", "action": "dampen"}], "no factor was given"),
         ([{"concept": "joy", "action": "dampen", "factor": 1.5}], "factor: .* less than or equal to 1"),

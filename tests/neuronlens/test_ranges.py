@@ -74,7 +74,8 @@ def id_by_hand(rows: list[dict], **fields: object) -> str:
     ]
     columns += [("n", "int64", "q"), *((name, "double", "d") for name in ("mean", "std", "mean_abs", "salience"))]
     columns += [("rank", "int32", "i"), ("lower", "double", "d"), ("upper", "double", "d")]
-    columns += [("piece", "int16", "h"), ("posterior", "double", "d")] if "piece" in rows[0] else []
+    of_pieces = [("piece", "int16", "h"), ("posterior", "double", "d"), ("mean_others", "double", "d")]
+    columns += of_pieces if "piece" in rows[0] else []
     for name, type_name, code in columns:
         content += f"{name}:{type_name}\n".encode()
         values = [r[name] for r in rows]
@@ -321,6 +322,7 @@ TWO = pieces("joy", 1, [(-1.0, 0.0, 0.5), (1.0, 2.0, 0.5)])
         ({"posterior": 1.5}, "wrong posterior: 1.5"),
         ({"posterior": -0.5}, "wrong posterior: -0.5"),
         ({"posterior": float("nan")}, "wrong posterior: nan"),
+        ({"mean_others": float("inf")}, "wrong mean_others: inf"),
         ({"mean": 0.75}, "wrong mean: 0.75 .* what the neuron's other pieces have"),
         ({"n": 11}, "wrong n: 11"),
         ({"salience": 1.0}, "wrong salience: 1.0"),
@@ -346,7 +348,7 @@ def test_make__refuses_a_range_of_too_many_pieces() -> None:
 
 
 def test_make__wants_the_columns_of_its_method() -> None:
-    with pytest.raises(UsageError, match="not among them: piece, posterior"):
+    with pytest.raises(UsageError, match="not among them: mean_others, piece, posterior"):
         RangeTable.make(pa.Table.from_pylist(TWO), **HEADER, widths=WIDTHS)
     with pytest.raises(UsageError, match="Missing: piece, posterior"):
         RangeTable.make(pa.Table.from_pylist(ROWS), **HEADER, widths=WIDTHS, method="hpd")

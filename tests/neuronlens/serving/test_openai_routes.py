@@ -370,7 +370,8 @@ def test_intervention__that_the_table_cannot_serve_is_refused_with_what_it_has(s
     code, message = status(JOY, table="tbl_0000000000000000")
     assert code == 404
     assert server.table.id in message
-    other = next(entry.id for entry in server.service.catalog.entries() if entry.id != server.table.id)
+    own = server.table.header.model.config_hash
+    other = next(e.id for e in server.service.catalog.entries() if e.header.model.config_hash != own)
     code, message = status(JOY, table=other)
     assert code == 409
     assert status({"concept": "joy", "action": "dampen"})[0] == 400
