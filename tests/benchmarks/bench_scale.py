@@ -5,7 +5,8 @@
 
 Shards of synthetic partials and histograms are written as collectors write them, a row group per layer; then every
 layer goes through `compute_layer`, one after the other, as a Ray task would run it: merge, histograms summed over the
-shards, distributions and overlap in blocks of neurons, salience. Each shard has values of its own; its layers share
+shards, distributions and overlap in blocks of neurons, salience. Then a range table of all neurons is made by each
+method. Each shard has values of its own; its layers share
 them, so that making the files takes minutes and not hours. Reported are the rates of the heavy steps, what the process
 gained in resident memory at its peak, and what lay in the scratch folder at most, spilled by DuckDB and merged
 histograms apart. The files are removed at the end.
@@ -30,13 +31,17 @@ import pyarrow as pa
 
 from neuronlens.histograms import MAX_BIN, N_BINS, bin_of
 from neuronlens.moments import Moments
-from neuronlens.recipe import OverlapSection, parse_bytes
+from neuronlens.query import connect, run_file
+from neuronlens.ranges import RangeTable, TableModel
+from neuronlens.recipe import CHOOSY_METHODS, OverlapSection, RangesSection, parse_bytes
 from neuronlens.store import Store, receipt_of
 from pipeline.collect import HISTOGRAMS_OPTIONS, HISTOGRAMS_SCHEMA, PARTIALS_OPTIONS, PARTIALS_SCHEMA
+from pipeline.pieces import Method, with_pieces
 from pipeline.statistics import Layer, Resources, Settings, compute_layer, kept_pairs
 
 HOOK_POINT = "mlp_post"
 FLOATS = ("mean", "m2", "m3", "m4", "min", "max", "mean_abs")
+METHODS = ("paper", "hpd", *CHOOSY_METHODS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,7 @@ class Report:
     n_output_bytes: int
     seconds_writing_inputs: float
     seconds: dict[str, float]
+    ranges: dict[str, dict[str, float]]
     peak_resident_bytes: int
     peak_spilled_bytes: int
     peak_scratch_bytes: int
@@ -91,7 +97,7 @@ def _run(args: argparse.Namespace, folder: Path) -> Report:
     process.start()
     sender.close()
     with _watched(scratch) as peaks:
-        receipts, peak_resident_bytes = receiver.recv()
+        receipts, peak_resident_bytes, ranges = receiver.recv()
         process.join()
     return Report(
         settings={name: value for name, value in vars(args).items() if name not in ("json", "folder")},
@@ -104,6 +110,7 @@ def _run(args: argparse.Namespace, folder: Path) -> Report:
         n_output_bytes=sum(file["n_bytes"] for receipt in receipts for file in receipt["files"]),
         seconds_writing_inputs=seconds_writing,
         seconds={step: sum(receipt["seconds"][step] for receipt in receipts) for step in receipts[0]["seconds"]},
+        ranges=ranges,
         peak_resident_bytes=peak_resident_bytes,
         peak_spilled_bytes=peaks["spilled"],
         peak_scratch_bytes=peaks["merged"],
@@ -130,6 +137,10 @@ def _table(report: Report) -> str:
         f"| overlap | {seconds['overlap']:.1f} | {report.n_pairs / seconds['overlap'] / 1e6:.3f} M pairs |",
         f"| salience | {seconds['salience']:.1f} | |",
         f"| all | {seconds['total']:.1f} | {n_neurons / seconds['total']:,.0f} neurons |",
+        *(
+            f"| ranges, {method} | {found['seconds']:.1f} | {found['rows'] / found['seconds']:,.0f} rows |"
+            for method, found in report.ranges.items()
+        ),
         "",
         f"pairs {report.n_pairs:,}, kept {report.n_pairs_kept:,}; output {report.n_output_bytes / 1e9:.2f} GB; peak "
         f"resident {report.peak_resident_bytes / 1e6:,.0f} MB; spilled {report.peak_spilled_bytes / 1e6:,.0f} MB; "
@@ -149,7 +160,33 @@ def _work(store: Store, commits: list[dict[str, Any]], args: argparse.Namespace,
         layer = Layer(hook_point=HOOK_POINT, layer=number, width=args.neurons)
         receipts.append(compute_layer(store, layer, commits, settings=settings, coverage=coverage, resources=resources))
         print(f"layer {number}: {receipts[-1]['seconds']}", file=sys.stderr, flush=True)
-    sender.send((receipts, _peak_resident_bytes() - before))
+    peak = _peak_resident_bytes() - before
+    sender.send((receipts, peak, {method: _ranges(store, args, method) for method in METHODS}))
+
+
+def _ranges(store: Store, args: argparse.Namespace, name: str) -> dict[str, float]:
+    """The seconds and rows of a table of all neurons, from the statistics to the id."""
+    started = time.perf_counter()
+    method = Method(name=name, options=RangesSection(method=name).options)
+    with connect(store.file_lists(), fs=store.fs) as con:
+        rows = run_file(con, "ranges", tau=2.5, top_fraction=1.0, salience="mean_abs")
+        if name != "paper":
+            rows = with_pieces(con, store, rows, method, args.threads, lambda _: None)
+    table = RangeTable.make(
+        rows,
+        tau=2.5,
+        top_fraction=1.0,
+        salience="mean_abs",
+        store_hash="0" * 64,
+        model=TableModel(id="none", config_hash="0" * 64),
+        unit="last_token",
+        widths={HOOK_POINT: args.neurons},
+        method=name,
+        options=method.options,
+    )
+    found = {"seconds": time.perf_counter() - started, "rows": table.rows.num_rows}
+    print(f"{name}: {found}", file=sys.stderr, flush=True)
+    return found
 
 
 def _peak_resident_bytes() -> int:
