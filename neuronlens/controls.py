@@ -1,6 +1,7 @@
 """Controls of the erasure evaluation: what would an intervention do that knows less?
 
     random         as many neurons of each layer, drawn at random from all of them, with their own ranges of the concept
+                   (by method hpd where the method itself leaves neurons out)
     wrong_concept  the ranges of another concept, the next by name
     shuffled       the same neurons, with the ranges that they get when the texts' labels are shuffled
     length_matched no other intervention: the results of `range`, on a complement that is weighted so that its prompts

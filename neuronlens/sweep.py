@@ -17,7 +17,7 @@ from neuronlens.errors import UsageError
 from neuronlens.measure import Positions
 from neuronlens.programs import Edit
 from neuronlens.ranges import PAPER, RangeTable
-from neuronlens.recipe import RANGE_OPTIONS, RangesSection, parse_section
+from neuronlens.recipe import CHOOSY_METHODS, RANGE_OPTIONS, RangesSection, parse_section
 
 NUMBERS = ("tau", "top_fraction", *RANGE_OPTIONS, "factor", "value")
 NAMES = ("salience", "method", "action", "positions")
@@ -121,7 +121,8 @@ def settings_of(
     """Every point of the grid, the first key varying slowest; what the grid does not say is as in `base`, on `table`.
 
     layers, hook_points: what there is, for `each`. A key that does not apply at a point (tau where the method is not
-    paper, factor where nothing is scaled) leaves it as it is, and points that come to the same are one setting.
+    paper, factor where nothing is scaled) leaves it as it is, and points that come to the same are one setting. A
+    method that chooses neurons by itself chooses among all, unless the grid says top_fraction.
 
     Raises UsageError for a point that cannot be, and for a key that applies nowhere.
     """
@@ -164,43 +165,46 @@ _NEEDS = {
     "tau": "only method paper has it",
     "factor": "only the actions dampen and adaptive have it",
     "value": "only the action set has it",
-    **{option: f"only method {method} has it" for option, method in RANGE_OPTIONS.items()},
+    **{option: f"only method {method} has it" for option, (method, _) in RANGE_OPTIONS.items()},
 }
 
 
 def _setting(point: Mapping[str, Any], base: Setting, table: RangeTable, applied: set[str]) -> Setting:
-    method = point.get("method", base.method)
+    """The setting of one point; the keys that have an effect there go into `applied`."""
+    ranges, tau = _ranges(point, base, table)
     action = point.get("action", base.edit.action)
-    options = dict(base.options) if method == base.method else {}
-    options |= {key: point[key] for key, owner in RANGE_OPTIONS.items() if key in point and owner == method}
-    of_action = {"factor": action in ("dampen", "adaptive"), "value": action == "set"}
-    edit = {key: point.get(key, getattr(base.edit, key)) for key, applies in of_action.items() if applies}
-    edit |= {key: point.get(key, getattr(base.edit, key)) for key in PLACES}
-    if method == PAPER:
-        edit["tau"] = point.get("tau", base.edit.tau if base.method == PAPER else table.header.tau)
-    edit["top_fraction"] = point.get("top_fraction", _fraction(base, table))  # its table may hold more
-    applied |= {key for key in point if key in (*PLACES, *NAMES, "top_fraction", *edit, *options)}
-    checked = {key: value for key, value in edit.items() if value is not None and value != ALL}
-    parse_section(
-        RangesSection,
-        {
-            "method": method,
-            "salience": point.get("salience", base.salience),
-            **options,
-            **{key: checked[key] for key in ("tau", "top_fraction") if key in checked},
-        },
-        origin="--sweep",
-    )
+    keys = [*PLACES, *(["factor"] if action in ("dampen", "adaptive") else []), *(["value"] if action == "set" else [])]
+    edit = {key: point.get(key, getattr(base.edit, key)) for key in keys}
+    edit |= {"action": action, "tau": tau, "top_fraction": ranges.top_fraction}
+    applied |= point.keys() & {*NAMES, *keys, *ranges.options, "top_fraction", *(["tau"] if tau is not None else [])}
     positions = point.get("positions", base.positions)
     if positions not in get_args(Positions):
         raise UsageError(f"--sweep positions has {positions!r}; expected {' or '.join(get_args(Positions))}.")
+    asked = {key: value for key, value in edit.items() if value is not None and value != ALL}
     return Setting(
-        edit=parse_section(Edit, {"action": action, **checked}, origin="--sweep"),
-        salience=point.get("salience", base.salience),
-        method=method,
-        options=tuple(sorted(options.items())),
+        edit=parse_section(Edit, asked, origin="--sweep"),
+        salience=ranges.salience,
+        method=ranges.method,
+        options=tuple(sorted(ranges.options.items())),
         positions=positions,
     )
+
+
+def _ranges(point: Mapping[str, Any], base: Setting, table: RangeTable) -> tuple[RangesSection, float | None]:
+    """How the ranges of a point are made, and the tau that its rules have: None where the table's own bounds count."""
+    method = point.get("method", base.method)
+    asked = {"method": method, "salience": point.get("salience", base.salience)}
+    asked |= dict(base.options) if method == base.method else {}
+    asked |= {key: point[key] for key, (owner, _) in RANGE_OPTIONS.items() if key in point and owner == method}
+    if "top_fraction" in point:
+        asked["top_fraction"] = point["top_fraction"]
+    elif (method in CHOOSY_METHODS) == (base.method in CHOOSY_METHODS):
+        asked["top_fraction"] = _fraction(base, table)
+    tau = None
+    if method == PAPER:
+        tau = point.get("tau", table.header.tau if base.edit.tau is None else base.edit.tau)
+    ranges = parse_section(RangesSection, asked | ({} if tau is None else {"tau": tau}), origin="--sweep")
+    return ranges, tau
 
 
 def _each(key: str, values: Sequence[Any], there: Sequence[Any]) -> list[Any]:

@@ -23,6 +23,7 @@ from pipeline.collect import CollectSpec
 from pipeline.coverage import coverage_of
 from pipeline.emit import emit_table
 from pipeline.erasure import evaluate_table
+from pipeline.erasure_texts import check_test
 from pipeline.lease import Lease
 from pipeline.plan import SHARDS_IN_HAND, Plan, Shard, check_room, freeze, make_plan, without_predictions
 from pipeline.pool import Failure, Pool
@@ -117,6 +118,7 @@ class Driver:
         content. Raises UsageError for whatever is wrong with the recipe or the data. Writes nothing."""
         with self.summary.timed("plan"), self.reporter.stage("plan", 1, "plan") as advance:
             plan = make_plan(self.recipe, device_type=_device_type(self.recipe))
+            check_test(self.recipe, plan.description["concepts"])
             plan, store = _begun(plan, name, store_root, self.reporter)
             if not store.exists("store.json"):
                 check_room(plan, store)

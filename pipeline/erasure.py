@@ -16,7 +16,7 @@ from neuronlens.measure import Counted
 from neuronlens.models import LoadedModel, load_model
 from neuronlens.programs import Edit
 from neuronlens.ranges import PAPER, RangeTable, TableHeader
-from neuronlens.recipe import RANGE_OPTIONS, Recipe, parse_recipe, with_changes
+from neuronlens.recipe import Recipe, parse_recipe, with_changes
 from neuronlens.store import Store, content_hash
 from neuronlens.sweep import Grid, Setting, settings_of
 from pipeline.emit import load_table
@@ -77,12 +77,10 @@ def table_of_recipe(store: Store, recipe: Recipe) -> RangeTable:
     """The range table that the recipe asks for, where a store has others too: sweeps leave some. Raises UsageError as
     `load_table` does."""
     asked = recipe.ranges
-    options = {key: getattr(asked, key) for key in RANGE_OPTIONS if getattr(asked, key) is not None}
 
     def is_it(header: TableHeader) -> bool:
-        made = (header.method, header.salience, header.top_fraction)
-        is_alike = (
-            made == (asked.method, asked.salience, asked.top_fraction) and options.items() <= header.options.items()
+        is_alike = all(
+            getattr(header, key) == getattr(asked, key) for key in ("method", "options", "salience", "top_fraction")
         )
         return is_alike and (asked.method != PAPER or header.tau == asked.tau)
 
@@ -264,7 +262,7 @@ def _measure(
         reporter.stage("evaluate", n_texts * plan.n_passes, "texts") as advance,
         Pool[EvaluationJob](start=worker_starter(spec), size=lambda: layout.n_workers) as pool,
     ):
-        watcher = _Filling(measured, work, on_done=advance, stop_requested=stop_requested)
+        watcher = Filling(measured, work, on_done=advance, stop_requested=stop_requested)
         failures = pool.run(jobs, lambda actor, job: actor.evaluate.remote(work_ref, job), watcher)
     if failures:
         raise RunFailed(
@@ -283,7 +281,7 @@ def _layout(recipe: Recipe, data: TestData, skeleton: LoadedModel, n_passes: int
     return choose_layout(recipe.compute, n_jobs=1 + int(seconds / _WORKER_SECONDS), worker_memory_bytes=weight_bytes)
 
 
-class _Filling(Watcher[EvaluationJob]):
+class Filling(Watcher[EvaluationJob]):
     """Puts every batch's results in their places."""
 
     def __init__(

@@ -11,6 +11,7 @@ import pyarrow as pa
 from neuronlens.controls import SEED, Control, ControlTables, shuffled_table
 from neuronlens.query import connect, run_file
 from neuronlens.ranges import PAPER, RangeTable
+from neuronlens.recipe import CHOOSY_METHODS, RangesSection
 from neuronlens.store import Store
 from neuronlens.sweep import Setting, WantedTable, wanted_tables
 from pipeline.emit import emit_table
@@ -85,14 +86,21 @@ def _control_tables(
 ) -> ControlTables:
     of_all_neurons, shuffled, shuffled_from = None, None, None
     if "random" in controls:
-        everything = WantedTable(
-            salience=wanted.salience, method=wanted.method, options=wanted.options, top_fraction=1.0
-        )
+        everything = _of_all_neurons(wanted)
         of_all_neurons = own if everything.is_served_by(own) else _made(made, everything, store, own, reporter)
     if "shuffled" in controls:
         moments, shuffled_from = shuffled_moments(store, own)
         shuffled = shuffled_table(own, moments)
     return ControlTables(of_all_neurons=of_all_neurons, shuffled=shuffled, shuffled_from=shuffled_from)
+
+
+def _of_all_neurons(wanted: WantedTable) -> WantedTable:
+    """The table that random neurons are drawn from. A method that leaves neurons out gives most of them no range: drawn
+    ones have the shortest that holds most of the concept's values instead."""
+    method, options = wanted.method, wanted.options
+    if method in CHOOSY_METHODS:
+        method, options = "hpd", tuple(RangesSection(method="hpd").options.items())
+    return WantedTable(salience=wanted.salience, method=method, options=options, top_fraction=1.0)
 
 
 def shuffled_moments(store: Store, table: RangeTable) -> tuple[pa.Table, str]:

@@ -107,6 +107,15 @@ def load_test_texts(recipe: Recipe, test: TestSection, skeleton: LoadedModel) ->
     return _prompts(recipe, load_labelled_test(recipe, test), skeleton)
 
 
+def check_test(recipe: Recipe, concepts: Collection[str]) -> None:
+    """Raise UsageError where the recipe's test has texts of a concept that its data have not, before hours of
+    collecting show it."""
+    test = recipe.test
+    if test is not None:
+        labelled = load_labelled_test(recipe, test)
+        check_concepts(labelled, concepts, test.source, f"{recipe.data.source} has no texts")
+
+
 def check_concepts(labelled: list[LabelledText], known: Collection[str], source: str, holder: str) -> None:
     """Raise UsageError where a test text is labelled with a concept that `holder` (in words) does not know."""
     concepts = Counter(text.concept for text in labelled)

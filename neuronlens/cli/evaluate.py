@@ -46,7 +46,7 @@ def evaluate(
         ),
     ] = None,
     layers: Annotated[list[int] | None, typer.Option("--layer", help="Only in this layer. Repeatable.")] = None,
-    action: Annotated[str, typer.Option(help="zero, mean, dampen, adaptive, soften or set.")] = "zero",
+    action: Annotated[str, typer.Option(help="zero, mean, others, dampen, adaptive, soften or set.")] = "zero",
     factor: Annotated[float | None, typer.Option(help="What dampen and adaptive multiply by.")] = None,
     value: Annotated[float | None, typer.Option(help="What set puts in place.")] = None,
     changes: ChangesOption = None,

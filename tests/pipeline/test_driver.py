@@ -205,8 +205,9 @@ def test_run__gives_a_plain_language_model_its_perplexity(place, tmp_path):
 def test_run__refuses_test_texts_of_an_unknown_concept(place, tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps({"text": "so glad", "label": "pride"}) + "\n")
-    with pytest.raises(UsageError, match="concept 'pride'"):
+    with pytest.raises(UsageError, match=r"concept 'pride' \(1 of 1 rows\), for which .*train.jsonl has no texts"):
         run(place, tmp_path / "store", test={"source": str(path)})
+    assert not (tmp_path / "store").exists()
 
 
 def test_run__preset_paper_reads_the_last_residual_stream(place, tmp_path):
