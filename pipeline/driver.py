@@ -16,6 +16,7 @@ import ray
 
 from neuronlens.cluster import ray_cluster
 from neuronlens.errors import RunFailed, UsageError
+from neuronlens.programs import Edit
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import Recipe
 from neuronlens.store import Store, files_of
@@ -206,7 +207,12 @@ class Driver:
         if self.recipe.test is not None:
             with self.summary.timed("evaluate"), self._stop.gently():
                 self.summary.erasure = evaluate_table(
-                    self.recipe, store, table, self.reporter, stop_requested=lambda: self._stop.requested
+                    self.recipe,
+                    store,
+                    table,
+                    self.reporter,
+                    Edit(action=self.recipe.test.action),
+                    stop_requested=lambda: self._stop.requested,
                 )
 
     def _run_shards(

@@ -197,6 +197,27 @@ def test_recipe__preset_paper_fills_in_what_is_not_said():
     assert (recipe.ranges.tau, recipe.ranges.top_fraction) == (1.5, 0.3)
 
 
+def test_recipe__preset_precise_needs_no_test_and_gives_way_to_what_is_said():
+    recipe = parse_recipe({**MINIMAL, "preset": "precise"})
+    assert (recipe.collect.hook_points, recipe.collect.layers, recipe.test) == (["resid_post"], [-1], None)
+    assert (recipe.ranges.method, recipe.ranges.options, recipe.ranges.top_fraction) == (
+        "likelihood_ratio",
+        {"penalty": 3.0},
+        1.0,
+    )
+    with_test = {**MINIMAL, "preset": "precise", "test": {"source": "t"}}
+    assert parse_recipe(with_test).test.action == "others"
+    with pytest.raises(UsageError, match=r"test\.action others needs the mean .* Set ranges\.method"):
+        parse_recipe({**with_test, "ranges": {"method": "paper"}})
+
+
+@pytest.mark.parametrize("given", [{"method": "budget"}, {"method": "posterior", "top_fraction": None}])
+def test_recipe__methods_that_choose_neurons_have_all_of_them(given):
+    assert parse_recipe({**MINIMAL, "ranges": given}).ranges.top_fraction == 1.0
+    assert parse_recipe({**MINIMAL, "ranges": {**given, "top_fraction": 0.2}}).ranges.top_fraction == 0.2
+    assert parse_recipe({**MINIMAL, "ranges": {"method": "hpd"}}).ranges.top_fraction == 0.3
+
+
 @pytest.mark.parametrize(("text", "n_bytes"), [("2GB", 2_000_000_000), ("1.5 MiB", 1_572_864), ("7", 7), (12, 12)])
 def test_parse_bytes__reads_units(text, n_bytes):
     assert parse_bytes(text) == n_bytes
