@@ -99,10 +99,10 @@ def card_of(
 
 def save_picture(card: Card, path: Path, form: str, concepts: Sequence[str]) -> None:
     """Draw the card into a file. `concepts` are all of the store, which decide the colours."""
-    from neuronlens import figures
+    from neuronlens import canvas, figures
 
     figure = figures.distributions(card, colours=figures.concept_colours(concepts), explained=True)
-    figures.save(figure, str(path), form)
+    canvas.save(figure, str(path), form)
 
 
 # --- the terminal ----------------------------------------------------------------------------------------------------

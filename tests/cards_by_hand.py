@@ -36,3 +36,12 @@ def bump_of(x: np.ndarray, concept: str = "joy", tau: float = 2.5, *, histogram:
 
 def card_of(*bumps: Bump, tau: float = 2.5) -> Card:
     return Card(hook_point="mlp_post", layer=3, neuron=7, tau=tau, bumps=bumps, n_concepts=len(bumps))
+
+
+def joy_and_law() -> Card:
+    """Two bumps apart, an eighth in common."""
+    rng = np.random.default_rng(2)
+    joy, law = rng.normal(0, 1, 500).astype(np.float32), rng.normal(6, 2, 500).astype(np.float32)
+    return card_of(
+        bump_of(joy, "joy", nearest="law", nearest_ovl=0.125), bump_of(law, "law", nearest="joy", nearest_ovl=0.125)
+    )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neuronlens.figures import inline_svg
+from neuronlens.canvas import inline_svg
 from neuronlens.query import read_query
 
 if TYPE_CHECKING:
