@@ -126,33 +126,41 @@ class _Sides:
     complement_X: np.ndarray
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Drops:
-    """The numbers of _DROPS for one case, float64 [6], and the same in each resample, [S, 6]; NaN where unknown."""
+    """The numbers of _DROPS for one case, float64 [6], with the ends of their intervals, and the same in each resample,
+    [S, 6]; NaN where unknown."""
 
     drop_6: np.ndarray
+    low_6: np.ndarray
+    high_6: np.ndarray
     resampled_S6: np.ndarray
 
+    @classmethod
+    def unknown(cls) -> "_Drops":
+        nothing_6 = np.full(6, np.nan)
+        return cls(drop_6=nothing_6, low_6=nothing_6, high_6=nothing_6, resampled_S6=np.zeros((0, 6)))
+
     def columns(self) -> dict[str, float | None]:
-        low_6, high_6 = interval_95(self.resampled_S6) if len(self.resampled_S6) else (np.full(6, np.nan),) * 2
-        ends = {"": self.drop_6, "_low": low_6, "_high": high_6}
+        ends = {"": self.drop_6, "_low": self.low_6, "_high": self.high_6}
         return {name + end: _known(value_6[i]) for i, name in enumerate(_DROPS) for end, value_6 in ends.items()}
 
 
 def _drops(measured: Measured, cases: Sequence[Case], sides: _Sides, counts_SX: np.ndarray | None) -> list[_Drops]:
-    """The drops of cases that share a target and a complement."""
+    """The drops of cases that share a target and a complement. Base has nothing to be compared with."""
     confidence_RX, correct_RX = measured.confidence_RX, measured.correct_RX
-    unknown = _Drops(np.full(6, np.nan), np.zeros((0, 6)))
     if confidence_RX is None or correct_RX is None or counts_SX is None or not cases:
-        return [unknown] * len(cases)
+        return [_Drops.unknown()] * len(cases)
     numbers = [case.number for case in cases]
     lost_2CX = np.stack([x_RX[0].astype(float) - x_RX[numbers] for x_RX in (confidence_RX, correct_RX)])
     every_text_once = np.ones((1, counts_SX.shape[1]), np.uint16)
     [drop_C6], resampled_SC6 = (_drops_in(counts, lost_2CX, sides) for counts in (every_text_once, counts_SX))
-    # Base has nothing to be compared with.
-    return [
-        unknown if case.condition == "base" else _Drops(drop_C6[i], resampled_SC6[:, i]) for i, case in enumerate(cases)
+    low_C6, high_C6 = interval_95(resampled_SC6)
+    found = [
+        _Drops(drop_6=drop_C6[i], low_6=low_C6[i], high_6=high_C6[i], resampled_S6=resampled_SC6[:, i])
+        for i in range(len(cases))
     ]
+    return [_Drops.unknown() if c.condition == "base" else one for c, one in zip(cases, found, strict=True)]
 
 
 def _drops_in(counts_SX: np.ndarray, lost_2CX: np.ndarray, sides: _Sides) -> np.ndarray:
@@ -185,8 +193,6 @@ class _Mean:
 
     def row(self) -> dict[str, Any]:
         first = self._rows[0]
-        n_6 = np.where(self._n_6, self._n_6, np.nan)
-        drops = _Drops(self._drop_6 / n_6, np.zeros((0, 6)) if self._resampled_S6 is None else self._resampled_S6 / n_6)
         sums = {key: sum(row[key] for row in self._rows) for key in ("n_target", "n_complement", "tested", "changed")}
         controls = {row["control"] for row in self._rows}
         return {
@@ -197,8 +203,16 @@ class _Mean:
             "condition": first["condition"],
             "control": controls.pop() if len(controls) == 1 else None,
             "changed_share": sums["changed"] / sums["tested"] if sums["tested"] else None,
-            **drops.columns(),
+            **self._drops().columns(),
         }
+
+    def _drops(self) -> _Drops:
+        if self._resampled_S6 is None:
+            return _Drops.unknown()
+        n_6 = np.where(self._n_6, self._n_6, np.nan)
+        resampled_S6 = self._resampled_S6 / n_6
+        low_6, high_6 = interval_95(resampled_S6)
+        return _Drops(drop_6=self._drop_6 / n_6, low_6=low_6, high_6=high_6, resampled_S6=resampled_S6)
 
 
 def _row(case: Case, measured: Measured, sides: _Sides, right_choice_Q: np.ndarray | None) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from rich import box
 from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 
+METHOD_OPTIONS = ("mass", "penalty", "budget")
 SETTING_COLUMNS = (
-    *("tau", "top_fraction", "layers", "hook_points", "salience", "method", "mass", "penalty", "budget"),
+    *("tau", "top_fraction", "layers", "hook_points", "salience", "method", *METHOD_OPTIONS),
     *("action", "factor", "value", "positions"),
 )
 """What a row of an evaluation says of its setting, besides the table's id."""
@@ -46,19 +47,17 @@ def erasure_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of a sweep, a line a setting: what tells it from the others, then the means over concepts under `range`,
-    and the selectivity of whole neurons beside. The setting with the highest selectivity is marked."""
-    means = [row for row in rows if row["concept"] is None]
-    ranged = [row for row in means if row["condition"] == "range"]
-    whole = {row["setting"]: row for row in means if row["condition"] == "neuron"}
-    keys = [key for key in SETTING_COLUMNS if len({str(row[key]) for row in ranged}) > 1]
+    """The rows of a sweep, a line a setting: what tells it from the others, then the means over concepts under `range`.
+    The setting with the highest selectivity is marked."""
+    ranged = [row for row in rows if row["concept"] is None and row["condition"] == "range"]
+    ranged_settings = [_setting_cells(row) for row in ranged]
+    keys = [key for key in ranged_settings[0] if len({cells[key] for cells in ranged_settings}) > 1]
     best = max((row["selectivity"] for row in ranged if row["selectivity"] is not None), default=None)
     lines = []
-    for row in ranged:
-        line = {key.replace("_", " "): _setting_cell(row[key]) for key in keys} | _measures(row, ranged)
+    for row, cells in zip(ranged, ranged_settings, strict=True):
+        line = {key.replace("_", " "): cells[key] for key in keys} | _measures(row, ranged)
         line.pop("off-task perplexity", None)  # its divergence says the same more finely
         if best is not None:
-            line["whole neuron"] = _number(whole[row["setting"]]["selectivity"], ".3f")
             line[""] = BEST if row["selectivity"] == best else ""
         lines.append(line)
     return _lines("What ranges take from the target and from others, means over concepts", lines)
@@ -128,16 +127,21 @@ def duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
-def _table(title: str) -> Table:
+def _table(title: str, padding: int = 1) -> Table:
     return Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, padding, 0, 0),
     )
 
 
 def _lines(title: str, lines: Sequence[Mapping[str, str]]) -> Table:
     """A table of lines that have the same keys, its headings; the best one stands out. Headings may be broken, within
     words only where the terminal is narrow; cells are not."""
-    table = _table(title)
+    table = _table(title, padding=0)
     cells = {heading: max(len(line[heading]) for line in lines) for heading in lines[0]}
     whole = {heading: max(n, *map(len, heading.split() or [""])) for heading, n in cells.items()}
     widths = whole if sum(whole.values()) + len(whole) <= _TERMINAL_COLUMNS else cells
@@ -166,9 +170,16 @@ def _measures(row: Mapping[str, Any], all_rows: Sequence[Mapping[str, Any]]) -> 
     return {heading: cell for key, (heading, cell) in cells.items() if any(_is_known(one, key) for one in all_rows)}
 
 
-def _setting_cell(value: Any) -> str:
+def _setting_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """What a row says of its setting; the method's own option stands behind its name."""
+    options = " ".join(f"{row[key]:g}" for key in METHOD_OPTIONS if row[key] is not None)
+    cells = {key: _setting_cell(key, row[key]) for key in SETTING_COLUMNS if key not in METHOD_OPTIONS}
+    return cells | {"method": f"{cells['method']} {options}".strip()}
+
+
+def _setting_cell(key: str, value: Any) -> str:
     if value is None:
-        return "all"
+        return "all" if key in ("layers", "hook_points") else "-"
     if isinstance(value, list):
         return "+".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -60,10 +60,10 @@ def resampled_means(counts_SX: np.ndarray, values_CX: np.ndarray, weight_X: np.n
     return mean_SC
 
 
-def interval_95(replicates_SC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 2.5 and 97.5 % quantiles over the resamples, [C] each; NaN where a resample gave none."""
-    low_C, high_C = np.quantile(replicates_SC, [0.025, 0.975], axis=0)
-    return low_C, high_C
+def interval_95(resampled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 2.5 and 97.5 % quantiles over the resamples, the first axis; NaN where a resample gave none."""
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    return low, high
 
 
 def length_matched(length_X: np.ndarray, is_target_X: np.ndarray) -> np.ndarray:

@@ -105,12 +105,17 @@ def test_erasure_table__says_below_what_the_means_lose() -> None:
         mean_row("range", **lost(0.75, 0.25, off_task_kl=0.5)),
     ]
     below = text_of(erasure_table(rows), 140).partition("What is lost")[2]
-    lines = [re.split(r"\s{2,}", line.strip()) for line in below.splitlines()]
-    assert " ".join(below.splitlines()[1].split()) == "target others selectivity (95 others off-task"
-    assert lines[4:] == [
+    assert "off-task" in below.partition("──")[0]
+    assert body_of(below) == [
         ["neuron", "0.750", "0.500", "0.250 (0.12–0.38)", "0.0625", "-", "25.0%"],
         ["range", "0.750", "0.250", "0.500 (0.38–0.62)", "0.0625", "0.5000", "25.0%"],
     ]
+
+
+def body_of(text: str) -> list[list[str]]:
+    """The cells under the last headings of a table: words, and numbers with their intervals."""
+    lines = text.rpartition("──")[2].splitlines()[1:]
+    return [re.findall(r"[^ ]+ \([^)]*\)|hpd 0.9|[^ ]+", line) for line in lines]
 
 
 SWEPT = [
@@ -126,12 +131,23 @@ SWEPT = [
 
 
 def test_sweep_table__has_a_line_a_setting_and_marks_the_best() -> None:
-    lines = [re.split(r"\s{2,}", line.strip()) for line in text_of(sweep_table(SWEPT), 140).splitlines()]
-    assert [line[:2] for line in lines[1:3]] == [["target", "others"], ["tau", "layers"]]
-    assert lines[4:] == [
-        ["0.5", "all", "0.250", "0.125", "0.125 (0.00–0.25)", "0.0625", "25.0%", "0.250"],
-        ["2.5", "0+5", "0.750", "0.250", "0.500 (0.38–0.62)", "0.0625", "25.0%", "0.250", "best"],
+    text = text_of(sweep_table(SWEPT), 140)
+    assert body_of(text) == [
+        ["0.5", "all", "0.250", "0.125", "0.125 (0.00–0.25)", "0.0625", "25.0%"],
+        ["2.5", "0+5", "0.750", "0.250", "0.500 (0.38–0.62)", "0.0625", "25.0%", "best"],
     ]
+    headings = text.rpartition("──")[0].split()
+    assert {"tau", "layers"} <= set(headings)
+    assert "action" not in headings
+
+
+def test_sweep_table__names_methods_with_their_options() -> None:
+    rows = [
+        mean_row(condition, setting=i, **setting, **lost(0.5, 0.25))
+        for i, setting in enumerate(({"method": "paper", "tau": 2.5}, {"method": "hpd", "mass": 0.9}))
+        for condition in ("neuron", "range")
+    ]
+    assert [line[:2] for line in body_of(text_of(sweep_table(rows), 140))] == [["2.5", "paper"], ["-", "hpd 0.9"]]
 
 
 def test_sweep_table__breaks_no_number_on_a_terminal_of_80_columns() -> None:
