@@ -46,7 +46,10 @@ def evaluate(
         ),
     ] = None,
     layers: Annotated[list[int] | None, typer.Option("--layer", help="Only in this layer. Repeatable.")] = None,
-    action: Annotated[str, typer.Option(help="zero, mean, others, dampen, adaptive, soften or set.")] = "zero",
+    action: Annotated[
+        str | None,
+        typer.Option(help="zero, mean, others, dampen, adaptive, soften or set [default: the recipe's test.action]."),
+    ] = None,
     factor: Annotated[float | None, typer.Option(help="What dampen and adaptive multiply by.")] = None,
     value: Annotated[float | None, typer.Option(help="What set puts in place.")] = None,
     changes: ChangesOption = None,
@@ -64,6 +67,7 @@ def evaluate(
 
     opened, reporter = open_store(store), ConsoleReporter(stderr())
     recipe = recipe_of(opened, changes)
+    action = action or (recipe.test.action if recipe.test is not None else None)
     asked = {"action": action, "factor": factor, "value": value, "layers": tuple(layers) if layers else None}
     edit = parse_section(Edit, {key: given for key, given in asked.items() if given is not None}, origin="evaluate")
     controls = parse_controls(control)

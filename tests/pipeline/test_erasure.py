@@ -14,7 +14,8 @@ from neuronlens.sweep import parse_grid
 from pipeline.driver import Silent
 from pipeline.emit import emit_table, load_table
 from pipeline.erasure import evaluate_sweep, evaluate_table, table_of_recipe
-from tests.pipeline.runs import recipe, run_here
+from tests.pipeline.runs import ANSWERS, recipe, run_here
+from tests.tiny_models import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "small_shards")
 
@@ -166,6 +167,35 @@ def test_table_of_recipe__is_the_one_that_the_recipe_asks_for(asked):
     assert len(store.table_ids()) > 1
     with pytest.raises(UsageError, match="Name one with --table"):
         table_of_recipe(store, other)
+
+
+def test_only_correct__gives_ranges_of_the_texts_that_were_answered_right(place, tmp_path):
+    """The answer of joy is made to be what the tiny model says most often."""
+    model, tokenizer = tiny_model("gpt2"), tiny_tokenizer()
+    lines = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    prompts = [tokenizer(line["text"] + "<sep>", return_tensors="pt") for line in lines if line["label"] == "joy"]
+    said = [int(model(**prompt).logits[0, -1].argmax()) for prompt in prompts]
+    answers = {**ANSWERS, "joy": tokenizer.decode([max(set(said), key=said.count)])}
+    tables = {}
+    for only_correct in (False, True):
+        root = tmp_path / str(only_correct)
+        run_here(place, root, test=None, data={"answers": answers, "only_correct": only_correct})
+        store = Store(str(root))
+        tables[only_correct] = emit_table(store, tau=2.0, top_fraction=1.0, salience="mean_abs", reporter=Silent())
+    store = Store(str(tmp_path / "False"))
+    with connect(store.file_lists(), fs=store.fs) as con:
+        expected = con.sql(
+            "select layer, neuron, count(*), avg(value::double), stddev_pop(value::double) from activations "
+            "join (select sample, correct from samples) using (sample) where concept = 'joy' and correct group by all"
+        ).fetchall()
+    own = {(r["layer"], r["neuron"]): r for r in tables[True].select("joy").to_pylist()}
+    assert len(own) == len(expected) == 2 * 40
+    for layer, neuron, n, mean, std in expected:
+        r = own[layer, neuron]
+        assert (r["n"], r["mean"], r["std"]) == (n, pytest.approx(mean, abs=1e-6), pytest.approx(std, abs=1e-6))
+        assert r["upper"] == pytest.approx(mean + 2 * std, abs=1e-5)
+    everything = {(r["layer"], r["neuron"]): r["mean"] for r in tables[False].select("joy").to_pylist()}
+    assert max(abs(everything[key] - own[key]["mean"]) for key in own) > 1e-3
 
 
 def test_kept_rows__are_numbers_that_json_knows(swept):
