@@ -25,7 +25,7 @@ from neuronlens.remote import SharedFiles
 Error = duckdb.Error
 KINDS = (
     *("plan", "samples", "commits", "partials", "shard_histograms", "raw", "predictions"),
-    *("moments", "histograms", "distributions", "overlap", "salience", "ranges", "evaluations"),
+    *("moments", "histograms", "distributions", "overlap", "salience", "ranges", "evaluations", "generations"),
 )
 """The kinds of file that a store holds. Each has a view `KIND_files`, empty where it has none: sql/schema.sql."""
 
@@ -38,7 +38,7 @@ _NAMED_BY_PATH = ("ranges", "partials", "shard_histograms")
 """Kinds whose rows belong to a table or shard that only their path names."""
 _OF_SEVERAL_FORMATS = ("ranges",)
 """Kinds of which one store may hold files with different columns."""
-_JSON_KINDS = ("commits", "evaluations")
+_JSON_KINDS = ("commits", "evaluations", "generations")
 _OPTIONS = "format parquet, parquet_version v2, compression zstd, compression_level 3, row_group_size 131072"
 """Version 2 writes floats as byte stream split where a dictionary does not pay."""
 

@@ -317,7 +317,8 @@ class Store:
         is_merged = merged and len(merged) == len(self.names("statistics"))
         lists["histograms"] = merged if is_merged else lists["shard_histograms"]
         lists["commits"] = [self.path(f"commits/{name}") for name in sorted(self.names("commits"))]
-        lists["evaluations"] = [self.path(f"evaluations/{name}") for name in sorted(self.names("evaluations"))]
+        for kind in ("evaluations", "generations"):
+            lists[kind] = [self.path(f"{kind}/{name}") for name in sorted(self.names(kind))]
         lists["ranges"] = [self.path(f"ranges/{name}/ranges.parquet") for name in self.table_ids()]
         return lists
 

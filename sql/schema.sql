@@ -107,3 +107,22 @@ select null::varchar as "filename", null::varchar as "table", null::bigint as n_
         off_task_perplexity double, off_task_kl double,
         choice_accuracy double, choice_accuracy_low double, choice_accuracy_high double)[] as "rows"
 limit 0;
+
+-- One JSON file per evaluation by what the model writes, with a row per concept and condition.
+create or replace view generations_files as
+select null::varchar as "filename", null::varchar as "table", null::bigint as n_prompts,
+    null::struct(action varchar, factor double, "value" double, layers integer[], hook_points varchar[], tau double,
+        top_fraction double) as edit,
+    null::struct(classifier varchar, n_tokens integer, prompt_tokens integer, temperature double, seed bigint) as generation,
+    null::struct(concept varchar, condition varchar, n_target bigint, n_complement bigint,
+        tested bigint, changed bigint, changed_share double,
+        target_probability double, target_probability_low double, target_probability_high double,
+        complement_probability double, complement_probability_low double, complement_probability_high double,
+        target_drop double, target_drop_low double, target_drop_high double,
+        complement_drop double, complement_drop_low double, complement_drop_high double,
+        selectivity double, selectivity_low double, selectivity_high double,
+        target_share double, target_share_low double, target_share_high double,
+        complement_share double, complement_share_low double, complement_share_high double,
+        perplexity double, distinct_2 double, n_tokens double,
+        examples struct(prompt varchar, continuation varchar, probability double)[])[] as "rows"
+limit 0;

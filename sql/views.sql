@@ -1,7 +1,7 @@
 -- What may a person ask of a store? The views that every other query reads.
 -- in: the KIND_files views of schema.sql, each replaced by the store's files of that kind where it has any
 -- out: samples, shards, partials, shard_histograms, histograms, activations, moments, distributions, overlap, salience, ranges,
---     evaluations
+--     evaluations, generations
 -- Columns pass through untouched, so that a filter on hook_point, layer and neuron reaches the row groups' statistics. They are
 -- named with their table, since a bare `layer` could also be the argument of a macro that reads the view.
 
@@ -80,4 +80,20 @@ select evaluation_id, coalesce(r.setting, 0) as setting, coalesce(r.table_id, "t
     r.complement_accuracy_drop, r.complement_accuracy_drop_low, r.complement_accuracy_drop_high,
     r.selectivity_accuracy, r.selectivity_accuracy_low, r.selectivity_accuracy_high,
     r.off_task_perplexity, r.off_task_kl, r.choice_accuracy, r.choice_accuracy_low, r.choice_accuracy_high
+from row_of_file;
+
+create or replace view generations as
+with row_of_file as (
+    select parse_filename(filename, true) as generation_id, "table" as table_id, edit, generation, n_prompts, unnest("rows") as r
+    from generations_files
+)
+select generation_id, table_id, edit.action, edit.factor, edit."value", edit.layers, edit.hook_points,
+    edit.tau as edit_tau, edit.top_fraction as edit_top_fraction, generation.classifier, n_prompts, generation.prompt_tokens, generation.n_tokens as max_tokens, generation.temperature, generation.seed,
+    r.concept, r.condition, r.n_target, r.n_complement,
+    r.target_probability, r.target_probability_low, r.target_probability_high,
+    r.complement_probability, r.complement_probability_low, r.complement_probability_high,
+    r.target_drop, r.target_drop_low, r.target_drop_high, r.complement_drop, r.complement_drop_low, r.complement_drop_high,
+    r.selectivity, r.selectivity_low, r.selectivity_high, r.target_share, r.target_share_low, r.target_share_high,
+    r.complement_share, r.complement_share_low, r.complement_share_high, r.perplexity, r.distinct_2, r.n_tokens,
+    r.tested, r.changed, r.changed_share, r.examples
 from row_of_file;

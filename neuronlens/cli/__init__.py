@@ -19,6 +19,9 @@ from neuronlens.cli import tables
 from neuronlens.cli import evaluate
 
 # isort: split
+from neuronlens.cli import generate
+
+# isort: split
 from neuronlens.cli import diff
 
 # isort: split
@@ -37,7 +40,21 @@ from neuronlens.cli import deploy
 from neuronlens.cli.app import app
 from neuronlens.console import command_line
 
-__all__ = ["app", "ask", "deploy", "diff", "evaluate", "main", "recut", "runs", "see", "serve", "steer", "tables"]
+__all__ = [
+    "app",
+    "ask",
+    "deploy",
+    "diff",
+    "evaluate",
+    "generate",
+    "main",
+    "recut",
+    "runs",
+    "see",
+    "serve",
+    "steer",
+    "tables",
+]
 
 
 def main() -> None:

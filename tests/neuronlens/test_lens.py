@@ -88,7 +88,7 @@ def test_open__names_what_is_missing(tmp_path):
 def test_views__have_a_comment_on_every_column(lens):
     assert set(lens.views()) >= {
         *("samples", "shards", "activations", "moments", "histograms", "quantiles", "gaussianity", "overlap"),
-        *("overlap_by_layer", "salience", "polysemantic", "ranges", "evaluations"),
+        *("overlap_by_layer", "salience", "polysemantic", "ranges", "evaluations", "generations"),
     }
     for view in lens.views():
         columns = lens.sql(f"from {view}").columns

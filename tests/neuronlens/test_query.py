@@ -31,7 +31,7 @@ from tests.synthetic_store import Shard, write_store
 VIEWS = (
     *("samples", "shards", "partials", "shard_histograms", "histograms", "activations", "moments", "distributions"),
     *("quantiles", "gaussianity", "overlap", "concept_overlap", "concept_information", "overlap_by_layer", "salience"),
-    *("salient_overlap", "polysemantic", "ranges", "evaluations"),
+    *("salient_overlap", "polysemantic", "ranges", "evaluations", "generations"),
 )
 LAYER_1 = {"hook_point": "mlp_post", "layer": 1}
 ALL_NEURONS = {"first_neuron": 0, "last_neuron": 5}
