@@ -17,9 +17,10 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import IO, Any, ParamSpec
+from typing import IO, Any, Literal, ParamSpec, TypeVar
 
 import matplotlib
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,18 +28,29 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
+from matplotlib.ticker import FuncFormatter, LogLocator
 from rich.cells import cell_len
 
 from neuronlens.labels import printable
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 WIDTH = 360
 """CSS pixels: what a phone shows."""
 PALETTE = ("#332288", "#CC6677", "#117733", "#E69F00", "#56B4E9", "#882255", "#44AA99", "#999933", "#AA4499", "#D55E00")
 """Told apart by colour-blind readers too: Paul Tol's muted scheme, its palest colours replaced by Okabe and Ito's."""
 CONDITIONS = {"base": ("#555555", "o"), "neuron": ("#D55E00", "s"), "range": ("#0072B2", "D")}
-"""Colour and marker of each condition of the erasure evaluation."""
+"""Colour and marker of conditions of the erasure evaluation."""
+CONDITION_NAMES = {
+    "base": "no intervention",
+    "neuron": "whole neuron",
+    "range": "range",
+    "random": "random neurons",
+    "wrong_concept": "another concept's range",
+    "shuffled": "range of shuffled labels",
+    "length_matched": "range, others as long",
+}
 
 INK, PALE_INK, GRID = "#1c1c1c", "#5f5f5f", "#dddddd"
 LINE = "#0072B2"
@@ -138,11 +150,46 @@ def write_beside(
     )  # fmt: skip
 
 
+def wrapped(items: Sequence[T], px_of: Callable[[T], float], width: float) -> list[list[T]]:
+    """The items in rows that are no wider; an item that is wider alone has a row of its own."""
+    rows: list[list[T]] = []
+    taken = math.inf
+    for item in items:
+        if taken + px_of(item) > width:
+            rows.append([])
+            taken = 0.0
+        rows[-1].append(item)
+        taken += px_of(item)
+    return rows
+
+
+def listed_lines(text: str) -> list[str]:
+    """Small text in lines as wide as a figure, broken after the commas of an enumeration."""
+    *parts, last = text.split(", ")
+    ended = [*(f"{part}," for part in parts), last]
+    lines = wrapped(ended, lambda part: text_px(part) * SMALL_PT / TEXT_PT + 3, WIDTH - 16)
+    return [" ".join(line) for line in lines]
+
+
 def layer_axis(axes: Axes, layers: Sequence[int]) -> None:
     axes.set_xlabel("layer")
     step = math.ceil(len(layers) / 12)
     axes.set_xticks(layers[::step])
     axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
+
+
+def log_where_it_spans_decades(axes: Axes, which: Literal["x", "y"], values: np.ndarray) -> None:
+    """A logarithmic axis for positive numbers of which the largest is more than 30 times the smallest; zeros are below
+    it then."""
+    finite = values[np.isfinite(values) & (values > 0)]
+    if not finite.size or finite.max() <= 30 * finite.min():
+        return
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    if finite.max() < 300 * finite.min():
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:g}"))
+    axes.minorticks_off()
 
 
 # --- out -------------------------------------------------------------------------------------------------------------

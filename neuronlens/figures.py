@@ -31,6 +31,8 @@ from neuronlens.canvas import (
     axes_at,
     axes_px,
     layer_axis,
+    listed_lines,
+    log_where_it_spans_decades,
     names_px,
     sheet,
     size_px,
@@ -73,8 +75,9 @@ def distributions(
     """
     names = [short(bump.concept) for bump in card.bumps]
     nearest = [_nearest(bump.nearest, bump.nearest_ovl) for bump in card.bumps]
+    said = listed_lines(_explained(card)) if explained else []
     left, right = names_px(names), max(88, 12 + max(map(text_px, nearest), default=0))
-    row_px, top, bottom = 34, 36, 56 if explained else 38
+    row_px, top, bottom = 34, 36, 38 + 5 * bool(said) + 13 * len(said)
     height = top + row_px * max(1, len(card.bumps)) + bottom
     figure = sheet(WIDTH, height)
     write_title(figure, card.name if title is None else title)
@@ -86,11 +89,8 @@ def distributions(
     axes.grid(axis="x", color=GRID, linewidth=0.5)
     axes.set_axisbelow(True)
     figure.text(1 - 6 / WIDTH, 1 - 26 / height, "overlaps most", ha="right", va="center", fontsize=SMALL_PT, c=PALE_INK)
-    if explained:
-        curve = "" if card.has_histograms else ", curve: Gaussian"
-        band = f"mean ± {card.tau:g} std" if card.table is None else f"range of {card.table}"
-        said = f"band: {band}, triangle: mean{curve}, right: largest overlap"
-        figure.text(8 / WIDTH, 9 / height, said, ha="left", va="center", fontsize=SMALL_PT, c=PALE_INK)
+    for i, line in enumerate(reversed(said)):
+        figure.text(8 / WIDTH, (9 + 13 * i) / height, line, ha="left", va="center", fontsize=SMALL_PT, c=PALE_INK)
     edges = np.linspace(*card.limits(), N_STEPS + 1)
     for i, (bump, name, beside) in enumerate(zip(card.bumps, names, nearest, strict=True)):
         base, colour = i + 0.92, colours[bump.concept]
@@ -113,6 +113,12 @@ def distributions(
         axes.hlines(base, *axes.get_xlim(), color=GRID, linewidth=0.5)
         axes.plot([bump.mean], [base + 0.04], marker="^", color=INK, markersize=4.2, markeredgewidth=0, clip_on=False)
     return figure
+
+
+def _explained(card: Card) -> str:
+    curve = "" if card.has_histograms else ", curve: Gaussian"
+    band = f"mean ± {card.tau:g} std" if card.table is None else f"range of {card.table}"
+    return f"band: {band}, triangle: mean{curve}, right: largest overlap"
 
 
 def _nearest(concept: str | None, ovl: float | None) -> str:
@@ -361,7 +367,7 @@ def conditions(
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        _log_where_it_spans_decades(axes, np.concatenate([one.value_C for one in measured]))
+        log_where_it_spans_decades(axes, "x", np.concatenate([one.value_C for one in measured]))
     for i, name in enumerate(rows):
         write_beside(axes, -8, i + 0.5, name, ha="right")
         axes.axhline(i + 0.5, color=GRID, linewidth=0.5, zorder=0)
@@ -373,14 +379,6 @@ def conditions(
         axes.plot(one.value_C, y, linestyle="", marker=marker, color=colour, markersize=4.6, label=one.name)
     _marks(figure, [(one.condition, one.name) for one in measured], 10, 34)
     return figure
-
-
-def _log_where_it_spans_decades(axes: Axes, values: np.ndarray) -> None:
-    finite = values[np.isfinite(values) & (values > 0)]
-    if finite.size and finite.max() > 30 * finite.min():
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:g}"))
-        axes.minorticks_off()
 
 
 @styled

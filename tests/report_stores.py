@@ -100,6 +100,68 @@ def evaluation_row(concept: str, condition: str, target: float | None, others: f
     return row | {"perplexity": 2.0, "tested": 100, "changed": 0 if condition == "base" else 40} | more
 
 
+SETTING: dict[str, Any] = {
+    **dict.fromkeys(("layers", "hook_points", "mass", "penalty", "budget", "factor", "value")),
+    "tau": 2.5,
+    "top_fraction": 0.3,
+    "salience": "mean_abs",
+    "method": "paper",
+    "action": "zero",
+    "positions": "all",
+    "table_id": "tbl_0000000000000000",
+}
+"""What the rows of a sweep say of a setting."""
+
+
+def sweep_row(condition: str, target: float | None, others: float | None, kl: float = 0.1, **more: Any) -> dict:
+    """The row of one condition: drops with an interval of 0.02 to both sides, and the selectivity with one of 0.03."""
+    row: dict[str, Any] = {
+        "setting": 0,
+        "concept": None,
+        "control": None,
+        "n_target": 60,
+        "n_complement": 60,
+        **SETTING,
+    }
+    drops = {"target_drop": (target, 0.02), "complement_drop": (others, 0.02)}
+    drops["selectivity"] = (None if target is None or others is None else target - others, 0.03)
+    for name, (value, reach) in drops.items():
+        ends = (None, None) if value is None else (value - reach, value + reach)
+        row |= {name: value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    row |= {"kl_target": 2 * kl, "kl_complement": kl, "tested": 200, "changed": 80, "changed_share": 0.4}
+    return row | {"condition": condition} | more
+
+
+def put_sweep(
+    root: Path,
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    concepts: Sequence[str] = ("a", "b"),
+    name: str = "sweep.000000000001",
+    controls: Mapping[str, tuple[float, float]] | None = None,
+    bare: float | None = 0.9,
+    n_texts: int = 120,
+) -> None:
+    """A sweep as `pipeline.erasure` keeps it. A setting says `drops` (target, others, kl) under ranges, what else it
+    says goes over SETTING. Under whole neurons and controls (name -> drops) they are 0.7 and 0.5, and as given. The
+    concepts have 0.1 more and less, in turn. `bare`: the bare model's confidence."""
+    rows = []
+    for number, setting in enumerate(settings):
+        drops = {"neuron": (0.7, 0.5, 3.0), "range": setting["drops"]}
+        drops |= {condition: (*pair, 0.2) for condition, pair in (controls or {}).items()}
+        own = {key: value for key, value in setting.items() if key != "drops"} | {"setting": number}
+        for k, concept in enumerate(concepts):
+            rows.append(sweep_row("base", None, None, 0.0, concept=concept, target_confidence=bare, **own))
+            for condition, (target, others, kl) in drops.items():
+                moved = target + (0.1, -0.1)[k % 2]
+                rows.append(sweep_row(condition, moved, others, kl, concept=concept, **own))
+        rows.append(sweep_row("base", None, None, 0.0, target_confidence=bare, **own))
+        rows += [sweep_row(condition, *three, **own) for condition, three in drops.items()]
+    (root / "evaluations").mkdir(exist_ok=True)
+    content = {"table": SETTING["table_id"], "edit": {"action": "zero"}, "coverage": {}, "n_texts": n_texts}
+    (root / "evaluations" / f"{name}.json").write_text(json.dumps({**content, "rows": rows}), encoding="utf-8")
+
+
 def put_quarantine(root: Path, shard: int, concept: str, reason: str) -> None:
     (root / "quarantine").mkdir(exist_ok=True)
     receipt = {"shard": shard, "concept": concept, "reasons": ["first", "second", reason], "samples": [1], "rows": [1]}

@@ -1,9 +1,10 @@
-"""The commands that show a store: report, show."""
+"""The commands that show a store: report, figures, show."""
 
 import contextlib
 import time
 import webbrowser
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,18 @@ from rich.console import Console
 from neuronlens.cli.app import JsonOption, StoreArgument, app, open_store
 from neuronlens.console import print_json, stderr
 from neuronlens.errors import RunFailed, UsageError
+
+
+class PictureForm(StrEnum):
+    """What --format takes."""
+
+    png = "png"
+    svg = "svg"
+    both = "both"
+
+    @property
+    def endings(self) -> list[str]:
+        return ["png", "svg"] if self is PictureForm.both else [self.value]
 
 
 @app.command(epilog="Example: `neuronlens report STORE -o report.html --open`")
@@ -47,6 +60,44 @@ def report(
         typer.echo(str(written.path))
     if open_it and not webbrowser.open(path.as_uri()):
         stderr().print(f"No browser was found. Open {path} in one.", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: `neuronlens figures STORE -o figures --format both`")
+def figures(
+    store: StoreArgument,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The folder; files of the same names are written over.")
+    ] = Path("figures"),
+    form: Annotated[PictureForm, typer.Option("--format", help="png, svg or both.")] = PictureForm.png,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw the ranges of this range table [default: of the best setting that was evaluated, else of the "
+            "only table, else mean ± tau std]."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw every figure that the store has data for, one file each: distributions with ranges, sweeps, layers, what is
+    erased against what it costs, concepts, controls. Prints their paths on stdout, and on stderr what lacks data."""
+    from neuronlens.gallery import write_figures
+
+    opened = open_store(store)
+    with _failures_in_words(opened.root, output):
+        gallery = write_figures(opened, output, forms=form.endings, table=table)
+    if as_json:
+        drawn = [
+            {"figure": one.kind, "files": [str(file.resolve()) for file in one.files], "caption": one.caption}
+            for one in gallery.drawn
+        ]
+        missing = [{"figure": kind, "command": command} for kind, command in gallery.missing.items()]
+        print_json({"figures": drawn, "missing": missing})
+    else:
+        for one in gallery.drawn:
+            for file in one.files:
+                typer.echo(str(file))
+    for kind, command in gallery.missing.items():
+        stderr().print(f"no data for {kind}: {command}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: `neuronlens show STORE 3 7 --tau 2 -o neuron.svg`")
@@ -108,6 +159,6 @@ def _failures_in_words(root: str, output: Path | None) -> Iterator[None]:
         reason = str(error).strip().splitlines()[-1]
         raise RunFailed(f"{root} cannot be read ({reason}). 'neuronlens verify {root}' names damaged files.") from error
     except OSError as error:
-        if output is None or error.filename != str(output):
+        if output is None or error.filename is None or not Path(error.filename).is_relative_to(output):
             raise
         raise RunFailed(f"{output} cannot be written ({error.strerror}). Choose another -o.") from error

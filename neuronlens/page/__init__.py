@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from neuronlens import figures
 from neuronlens.errors import UsageError
-from neuronlens.page import erasure, gaussianity, neurons, overlap, run, salience, timing
+from neuronlens.page import erasure, gaussianity, neurons, overlap, run, salience, sweeps, timing
 from neuronlens.page.desk import MAX_CONCEPTS, Desk, Rows, count, percent
 from neuronlens.page.elements import Page, Tile, render
 from neuronlens.page.erasure import Evaluation, evaluations_of
@@ -80,14 +80,19 @@ def page_of(con: "duckdb.DuckDBPyConnection", facts: Facts) -> Page:
         tiles=_tiles(facts, shapes, by_layer, evaluations),
         warnings=tuple(facts.warnings()),
         notes=tuple(facts.notes()),
-        sections=(
-            run.section(desk),
-            gaussianity.section(desk, shapes),
-            overlap.section(desk, by_layer),
-            salience.section(desk),
-            neurons.section(desk),
-            erasure.section(desk, evaluations),
-            timing.section(desk),
+        sections=tuple(
+            section
+            for section in (
+                run.section(desk),
+                gaussianity.section(desk, shapes),
+                overlap.section(desk, by_layer),
+                salience.section(desk),
+                neurons.section(desk),
+                erasure.section(desk, evaluations),
+                sweeps.section(desk),
+                timing.section(desk),
+            )
+            if section is not None
         ),
         footer=_footer(facts),
     )

@@ -8,21 +8,13 @@ from typing import Any
 import numpy as np
 
 from neuronlens import figures
+from neuronlens.canvas import CONDITION_NAMES
 from neuronlens.figures import Measured
 from neuronlens.page.desk import MAX_CONCEPTS, Desk, decimal, layers_text, number, percent
 from neuronlens.page.elements import Drawing, Part, Query, Section, Table
 from neuronlens.page.facts import Facts
 
 MAX_EVALUATIONS = 4
-_NAMES = {
-    "base": "no intervention",
-    "neuron": "whole neuron",
-    "range": "range",
-    "random": "random neurons",
-    "wrong_concept": "another concept's range",
-    "shuffled": "range of shuffled labels",
-    "length_matched": "range, others as long",
-}
 _ABOUT = {
     "accuracy": "share answered right, with its 95 % interval",
     "confidence": "mean probability of the right answer",
@@ -160,7 +152,7 @@ def _measured(evaluation: Evaluation, column: str, concepts: Sequence[str]) -> l
     return [
         Measured(
             condition=condition,
-            name=_NAMES.get(condition, condition),
+            name=CONDITION_NAMES.get(condition, condition),
             value_C=evaluation.numbers(condition, column, concepts),
             low_C=evaluation.numbers(condition, f"{column}_low", concepts) if has_interval else None,
             high_C=evaluation.numbers(condition, f"{column}_high", concepts) if has_interval else None,
@@ -174,11 +166,11 @@ def _table(evaluation: Evaluation) -> Table:
     rows = []
     for condition in evaluation.conditions:
         means = (decimal(evaluation.mean(condition, column), 3) for column in columns)
-        rows.append(("mean of all", _NAMES.get(condition, condition), *means, ""))
+        rows.append(("mean of all", CONDITION_NAMES.get(condition, condition), *means, ""))
     for row in evaluation.rows:
         numbers = (decimal(row.get(column), 3) for column in columns)
         changed = percent(row["changed"] / row["tested"]) if row.get("tested") else ""
-        rows.append((row["concept"], _NAMES.get(row["condition"], row["condition"]), *numbers, changed))
+        rows.append((row["concept"], CONDITION_NAMES.get(row["condition"], row["condition"]), *numbers, changed))
     return Table(
         columns=(
             *("concept", "intervention", "target accuracy", "target confidence", "others' accuracy"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from neuronlens.query import connect, run_file
-from tests.report_stores import arrays, evaluation_row, put_evaluation, write_report_store
+from tests.report_stores import arrays, evaluation_row, put_evaluation, put_sweep, write_report_store
 from tests.synthetic_store import bins_of, moments_of
 
 CONCEPTS = ("anger", "it's", "joy", "law")
@@ -206,3 +206,56 @@ def test_report_evaluations__are_the_rows_of_the_files_in_the_order_of_condition
         assert (row["action"], row["factor"], row["layers"], row["n_texts"]) == ("dampen", 0.5, [0], 90)
         for name, value in of_file[row["concept"], row["condition"]].items():
             assert row[name] == value, name
+
+
+def test_report_sweeps__are_the_means_with_their_settings_in_order(tmp_path):
+    store = write_report_store(tmp_path / "store", arrays(["a", "b"], n_layers=1))
+    settings = [
+        {"tau": 1.5, "layers": [0], "drops": (0.4, 0.1, 0.2)},
+        {"method": "hpd", "tau": None, "mass": 0.9, "action": "others", "drops": (0.6, 0.0, 0.3)},
+    ]
+    put_sweep(tmp_path / "store", settings, controls={"shuffled": (0.2, 0.2)})
+    put_evaluation(tmp_path / "store", [evaluation_row("a", "range", 0.5, 0.5)])  # of old code, without means
+    with connect(store.file_lists()) as con:
+        found = rows(con, "report_sweeps")
+    assert [(row["setting"], row["condition"]) for row in found] == [
+        (i, k) for i in (0, 1) for k in ("neuron", "range", "shuffled")
+    ]
+    keys = ("tau", "layers", "method", "mass", "action")
+    assert [[row[key] for key in keys] for row in found if row["condition"] == "range"] == [
+        [1.5, [0], "paper", None, "zero"],
+        [None, None, "hpd", 0.9, "others"],
+    ]
+    ranged = found[1]
+    assert [ranged[f"target_drop{end}"] for end in ("", "_low", "_high")] == pytest.approx([0.4, 0.38, 0.42])
+    assert [ranged[f"complement_drop{end}"] for end in ("", "_low", "_high")] == pytest.approx([0.1, 0.08, 0.12])
+    assert [ranged[f"selectivity{end}"] for end in ("", "_low", "_high")] == pytest.approx([0.3, 0.27, 0.33])
+    assert (ranged["kl_complement"], ranged["kl_target"], ranged["changed_share"]) == (0.2, 0.4, 0.4)
+    assert (ranged["n_texts"], ranged["bare_confidence"]) == (120, 0.9)
+
+
+def test_report_sweeps__number_the_sets_of_texts_that_evaluations_share(tmp_path):
+    store = write_report_store(tmp_path / "store", arrays(["a", "b"], n_layers=1))
+    sets = {"s.1": (0.9, 100), "s.2": (0.9 + 1e-6, 100), "s.3": (0.89, 100), "s.4": (0.9, 200), "s.5": (None, 100)}
+    for name, (bare, n_texts) in (sets | {"s.6": (None, 100)}).items():
+        put_sweep(tmp_path / "store", [{"drops": (0.4, 0.1, 0.2)}], name=name, bare=bare, n_texts=n_texts)
+    put_sweep(tmp_path / "store", [{"drops": (0.4, 0.1, 0.2)}], name="s.7", concepts=["a"], n_texts=100)
+    with connect(store.file_lists()) as con:
+        texts = {row["evaluation_id"]: row["texts"] for row in rows(con, "report_sweeps")}
+    assert texts["s.1"] == texts["s.2"]
+    assert sorted(texts.values()) == [1, *[2] * 2, 3, 4, 5, 6]
+    assert texts["s.4"] == 1
+
+
+def test_report_sweep_concepts__are_those_of_one_setting(tmp_path):
+    store = write_report_store(tmp_path / "store", arrays(["a", "b"], n_layers=1))
+    settings = [{"tau": tau, "drops": (tau / 10, 0.1, 0.2)} for tau in (1.0, 2.0)]
+    put_sweep(tmp_path / "store", settings, concepts=["b", "a"])
+    put_sweep(tmp_path / "store", settings, name="sweep.2", concepts=["c"])
+    with connect(store.file_lists()) as con:
+        found = rows(con, "report_sweep_concepts", evaluation_id="sweep.000000000001", setting=1)
+    assert [(row["concept"], row["condition"]) for row in found] == [
+        (concept, condition) for concept in "ab" for condition in ("neuron", "range")
+    ]
+    drops = {row["concept"]: row["target_drop"] for row in found if row["condition"] == "range"}
+    assert drops == pytest.approx({"b": 0.3, "a": 0.1})

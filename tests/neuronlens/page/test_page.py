@@ -25,6 +25,7 @@ from tests.report_stores import (
     evaluation_row,
     put_evaluation,
     put_quarantine,
+    put_sweep,
     put_texts,
     write_report_store,
 )
@@ -542,3 +543,89 @@ def test_report_command__refuses_before_any_work(store, tmp_path):
         done = run(*args)
         assert isinstance(done.exception, UsageError)
         assert expected in str(done.exception)
+
+
+# --- sweeps and controls ---
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    root = tmp_path_factory.mktemp("swept") / "store"
+    store = write_report_store(root, arrays(CONCEPTS, n_layers=1))
+    taus = [{"tau": tau, "drops": (tau / 10, tau / 100, tau)} for tau in (1.0, 3.0, 2.0)]
+    put_sweep(root, taus, concepts=CONCEPTS, controls={"random": (0.125, 0.25)})
+    others = [{"method": "hpd", "tau": None, "mass": 0.5, "action": "others", "drops": (0.6, -0.004, 0.1)}]
+    put_sweep(root, others, concepts=CONCEPTS, name="sweep.000000000002")
+    put_sweep(root, taus[:1], concepts=CONCEPTS, name="sweep.000000000003", bare=0.5, n_texts=30)
+    return store
+
+
+@pytest.fixture(scope="module")
+def swept_page(swept, tmp_path_factory):
+    return report_on(swept, tmp_path_factory.mktemp("swept-page") / "report.html")
+
+
+def test_report__has_sweeps_where_there_are_any(swept_page, page):
+    assert [section.attributes["id"] for section in swept_page.all("section")] == [
+        *SECTIONS[:-1],
+        "sweeps",
+        "timing",
+    ]
+    assert "sweeps" not in {section.attributes["id"] for section in page.all("section")}
+
+
+def test_report__sweeps_are_drawn_for_each_set_of_texts(swept_page):
+    section = section_of(swept_page, "sweeps")
+    assert [h3.text for h3 in section.all("h3")] == [
+        "On 120 test texts (bare confidence 0.900)",
+        "On 30 test texts (bare confidence 0.500)",
+    ]
+    titles = [svg.attributes["aria-label"].partition(".")[0] for svg in section.all("svg")]
+    assert titles == [
+        *("Erased against spared", "Concept by concept", "A range and its controls", "Sweep of tau"),
+        "Concept by concept",
+    ]
+
+
+def test_report__sweeps_stand_in_a_table_the_best_first(swept_page):
+    first, second = tables_of(section_of(swept_page, "sweeps"))
+    best = dict(first[0])
+    keys = [best.pop(key) for key in ("tau", "method", "mass", "action")]
+    assert keys == ["–", "hpd", "0.5", "others"]
+    assert best == {
+        "target drop": "0.600",
+        "others' drop": "−0.004",
+        "selectivity (95 %)": "0.604 (0.57 to 0.63)",
+        "KL on others": "0.1000",
+        "changed": "40 %",
+        "selectivity, whole neuron": "0.200",
+        "selectivity, random neurons": "–",
+    }
+    assert [row["tau"] for row in first] == ["–", "3", "2", "1"]
+    assert [row["selectivity, random neurons"] for row in first[1:]] == ["−0.125"] * 3
+    assert [row["target drop"] for row in second] == ["0.100"]
+    assert "selectivity, random neurons" not in second[0]
+
+
+def test_report__the_queries_of_sweeps_run_as_printed(swept_page, swept):
+    import shlex
+
+    commands = [pre.text for pre in section_of(swept_page, "sweeps").all("pre") if pre.text.startswith("neuronlens")]
+    assert {command.split()[3] for command in commands} == {"report_sweeps", "report_sweep_concepts"}
+    for command in commands:
+        words = [swept.root if word == "STORE" else word for word in shlex.split(command)[1:]]
+        done = CliRunner().invoke(app, [*words, "--format", "csv"])
+        assert done.exit_code == 0, (command, done.output)
+        assert len(done.stdout.splitlines()) > 1
+
+
+def test_report__of_many_settings_says_what_it_leaves_out(tmp_path):
+    from neuronlens.page.sweeps import MAX_ROWS
+
+    store = write_report_store(tmp_path / "store", arrays(["a", "b"], n_layers=1))
+    n = MAX_ROWS + 5
+    put_sweep(tmp_path / "store", [{"tau": 1 + i, "drops": (i / 100, 0, 0.1)} for i in range(n)])
+    section = section_of(report_on(store, tmp_path / "r.html"), "sweeps")
+    assert f"The table has {MAX_ROWS} of {n} settings" in section.text
+    [rows] = tables_of(section)
+    assert [rows[0]["tau"], rows[-1]["tau"], len(rows)] == [str(n), "6", MAX_ROWS]

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from neuronlens.page import write_report
-from tests.report_stores import NASTY, arrays, evaluation_row, put_evaluation, put_quarantine, write_report_store
+from tests.report_stores import (
+    NASTY,
+    arrays,
+    evaluation_row,
+    put_evaluation,
+    put_quarantine,
+    put_sweep,
+    write_report_store,
+)
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -73,6 +81,18 @@ def _whole(root: Path):
         for k, a, b in (("base", 0.9, 0.9), ("neuron", 0.3, 0.4), ("range", 0.4, 0.8))
     ]
     put_evaluation(root, rows)
+    put_sweep(
+        root,
+        [
+            {"tau": tau, "top_fraction": top, "layers": layers, "action": action, "drops": (tau * top, top / 10, tau)}
+            for tau in (0.5, 1.0, 2.0)
+            for top in (0.1, 0.2, 0.4)
+            for layers in (None, [0], [1], [0, 1, 2, 3])
+            for action in ("zero", "others")
+        ],
+        concepts=concepts,
+        controls=dict.fromkeys(("random", "wrong_concept", "shuffled", "length_matched"), (0.1, 0.2)),
+    )
     return store
 
 
@@ -90,6 +110,7 @@ def _nasty(root: Path):
     put_evaluation(
         root, [evaluation_row(c, k, 0.5, 0.5, perplexity=p) for c in names for k, p in (("base", 2), ("range", 900))]
     )
+    put_sweep(root, [{"tau": tau, "drops": (tau / 10, -2 * tau, tau / 1e5)} for tau in (1e-5, 3.0)], concepts=names)
     return store
 
 
