@@ -12,7 +12,7 @@ ranges, and both must be seen before a range can be called the concept's.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -36,10 +36,10 @@ _SITE = ["hook_point", "layer"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlTables:
-    """The range tables that controls of one setting take: of all neurons for `random`; with ranges from shuffled labels
-    for `shuffled`, and where those came from, in words."""
+    """The range tables that controls of one setting take: for `random`, of all neurons in random order
+    (`randomly_ranked`); for `shuffled`, with ranges from shuffled labels, and where those came from, in words."""
 
-    of_all_neurons: RangeTable | None = None
+    in_random_order: RangeTable | None = None
     shuffled: RangeTable | None = None
     shuffled_from: str | None = None
 
@@ -72,7 +72,7 @@ def plan_controls(
         rule = Rule.of(edit, concept)
         found: dict[Control, tuple[int, str | None]] = {}
         if "random" in controls:
-            found["random"] = _random(plan, tables, edit, concept, program, positions), f"seed {SEED}"
+            found["random"] = _random(plan, tables.in_random_order, edit, concept, program, positions), f"seed {SEED}"
         if "wrong_concept" in controls:
             other = _next(concept, list(programs))
             found["wrong_concept"] = plan.number_of(table, [Rule.of(edit, other)], positions, programs[other]), other
@@ -89,22 +89,33 @@ def plan_controls(
 
 def _random(
     plan: EvaluationPlan,
-    tables: ControlTables,
+    table: RangeTable | None,
     edit: Edit,
     concept: str,
     program: Program | None,
     positions: Positions,
 ) -> int:
-    assert tables.of_all_neurons is not None, "control random draws from a table of all neurons"
-    if program is None:
-        return 0
-    return plan.number_of(tables.of_all_neurons, random_rules(program, tables.of_all_neurons, edit, concept), positions)
+    assert table is not None, "control random draws from a table of all neurons"
+    return 0 if program is None else plan.number_of(table, random_rules(program, table, edit, concept), positions)
 
 
-def random_rules(program: Program, of_all_neurons: RangeTable, edit: Edit, concept: str) -> list[Rule]:
+def randomly_ranked(of_all_neurons: RangeTable) -> RangeTable:
+    """The table with the neurons of every (hook point, layer, concept) ranked at random instead of by salience: the n
+    first are n random ones. The order is the same each time."""
+    rows = of_all_neurons.rows
+    neuron, rank = rows["neuron"].to_numpy(), np.zeros(rows.num_rows, dtype=np.int32)
+    for (hook_point, layer, concept), place in _groups(rows):
+        seed = [SEED, zlib.crc32(hook_point.encode()), layer, zlib.crc32(concept.encode())]
+        there, which = np.unique(neuron[place], return_inverse=True)
+        rank[place] = 1 + np.random.default_rng(seed).permutation(len(there))[which]
+    column = rows.schema.get_field_index("rank")
+    return _remade(of_all_neurons, rows.set_column(column, rows.schema.field("rank"), pa.array(rank)))
+
+
+def random_rules(program: Program, in_random_order: RangeTable, edit: Edit, concept: str) -> list[Rule]:
     """Rules that do at every site of the program what `edit` does, to as many neurons of the concept drawn at random.
 
-    A site's draw is always the same, and a smaller one is the beginning of a larger one.
+    Raises UsageError where the table has too few.
     """
     fields = edit.model_dump(exclude={"layers", "hook_points", "top_fraction"})
     return [
@@ -112,7 +123,7 @@ def random_rules(program: Program, of_all_neurons: RangeTable, edit: Edit, conce
             concept=concept,
             layers=(site.layer,),
             hook_points=(site.hook_point,),
-            neurons=_drawn(site, of_all_neurons, concept),
+            top_fraction=_share(site, in_random_order, concept),
             **fields,
         )
         for site in program.sites
@@ -137,6 +148,11 @@ def shuffled_table(table: RangeTable, moments: pa.Table) -> RangeTable:
     reach = pc.multiply(rows["std"], table.header.tau)
     rows = rows.append_column("lower", pc.subtract(rows["mean"], reach))
     rows = rows.append_column("upper", pc.add(rows["mean"], reach))
+    return _remade(table, rows)
+
+
+def _remade(table: RangeTable, rows: pa.Table) -> RangeTable:
+    """A table of other rows under the same header."""
     header = table.header
     return RangeTable.make(
         rows,
@@ -148,24 +164,35 @@ def shuffled_table(table: RangeTable, moments: pa.Table) -> RangeTable:
         unit=header.unit,
         widths=header.widths,
         coverage=header.coverage,
+        method=header.method,
+        options=header.options,
     )
 
 
 _MOMENTS = (pa.field("mean", pa.float64()), pa.field("std", pa.float64()))
 
 
-def _drawn(site: SiteProgram, table: RangeTable, concept: str) -> tuple[int, ...]:
+def _groups(rows: pa.Table) -> Iterator[tuple[tuple[str, int, str], slice]]:
+    """Where the rows (in ROW_ORDER) of each hook point, layer and concept lie."""
+    keys = ("hook_point", "layer", "concept")
+    codes = [rows[key].combine_chunks().dictionary_encode().indices.to_numpy() for key in keys]
+    is_first = np.ones(rows.num_rows, dtype=bool)
+    is_first[1:] = np.any([code[1:] != code[:-1] for code in codes], axis=0)
+    starts = np.flatnonzero(is_first)
+    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), rows.num_rows], strict=True):
+        yield tuple(rows[key][start].as_py() for key in keys), slice(start, stop)
+
+
+def _share(site: SiteProgram, table: RangeTable, concept: str) -> float:
+    """The top_fraction that takes as many of the table's neurons as the site names."""
     rows = table.select(concept, hook_points=[site.hook_point], layers=[site.layer])
-    neurons = np.unique(rows["neuron"].to_numpy())
-    n_wanted = int(site.named_N.sum())
-    if n_wanted > len(neurons):
+    n_wanted, n_there = int(site.named_N.sum()), pc.count_distinct(rows["neuron"]).as_py()
+    if n_wanted > n_there:
         raise UsageError(
             f"Control random draws {n_wanted} neurons of {site.hook_point}, layer {site.layer}, and table {table.id} "
-            f"has {len(neurons)} of {concept} there. Leave random out, or take method {PAPER}."
+            f"has {n_there} of {concept} there. Leave random out, or take method {PAPER}."
         )
-    site_seed = [SEED, zlib.crc32(site.hook_point.encode()), site.layer, zlib.crc32(concept.encode())]
-    shuffled = np.random.default_rng(site_seed).permutation(neurons)
-    return tuple(sorted(shuffled[:n_wanted].tolist()))
+    return min(1.0, (n_wanted + 0.5) / site.width)  # rounded down, it is n_wanted of the width
 
 
 def _next(concept: str, concepts: Sequence[str]) -> str:

@@ -39,6 +39,9 @@ _OPERATIONS_PER_SECOND = 5e10
 _WORKER_SECONDS = 10
 """What it takes a worker to import torch and to load a small model, roughly."""
 
+ROWS_A_FILE = 4_000
+"""DuckDB reads JSON of up to 16 MiB, and a row is about 2.5 KB."""
+
 _ROWS_VERSION = 2
 """Of what a row says; evaluations that were kept by older code, with fewer columns, are made again."""
 
@@ -163,10 +166,10 @@ def _evaluate(
     skeleton = load_model(recipe.model.id, revision=recipe.model.revision, dtype=recipe.model.dtype, device="meta")
     data = TestData.load(recipe, test, labelled, skeleton)
     work_id = content_hash([asked.as_dict(), data.as_lists()])
-    kept = f"evaluations/{asked.name}.{work_id[:12]}.json"
-    if store.exists(kept):
-        reporter.say(f"evaluated before: {kept}")
-        return list(store.read_json(kept)["rows"])
+    kept = f"evaluations/{asked.name}.{work_id[:12]}"
+    if store.exists(f"{kept}.json"):
+        reporter.say(f"evaluated before: {kept}.json")
+        return _kept_rows(store, kept)
     if data.questions is not None and data.questions.n_too_long:
         reporter.say(f"{data.questions.n_too_long:,} questions are longer than the model's window and were left out.")
     plan, columns = _planned(store, asked, reporter)
@@ -190,10 +193,24 @@ def _evaluate(
         "n_off_task_texts": len(data.off_task),
         "n_questions": 0 if data.questions is None else len(data.questions.prompts),
         "n_passes": plan.n_passes,
-        "rows": rows,
     }
-    store.create_json(kept, done)
+    _keep(store, kept, done, [dict(row) for row in rows])
     return [dict(row) for row in rows]
+
+
+def _keep(store: Store, kept: str, done: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """The rows in files that DuckDB reads whole, with the same words before them; the first one comes last, so that all
+    are there where it is."""
+    parts = [rows[first : first + ROWS_A_FILE] for first in range(0, len(rows), ROWS_A_FILE)]
+    for number, part in reversed(list(enumerate(parts))):
+        name = f"{kept}.part{number:03d}.json" if number else f"{kept}.json"
+        store.create_json(name, done | {"n_parts": len(parts), "rows": part})
+
+
+def _kept_rows(store: Store, kept: str) -> list[dict[str, Any]]:
+    first = store.read_json(f"{kept}.json")
+    others = [store.read_json(f"{kept}.part{number:03d}.json") for number in range(1, first.get("n_parts", 1))]
+    return [row for part in (first, *others) for row in part["rows"]]
 
 
 def _planned(store: Store, asked: Asked, reporter: "Reporter") -> tuple[EvaluationPlan, list[dict[str, Any]]]:

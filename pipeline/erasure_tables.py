@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from neuronlens.controls import SEED, Control, ControlTables, shuffled_table
+from neuronlens.controls import SEED, Control, ControlTables, randomly_ranked, shuffled_table
 from neuronlens.query import connect, run_file
 from neuronlens.ranges import PAPER, RangeTable
 from neuronlens.recipe import CHOOSY_METHODS, RangesSection
@@ -84,14 +84,15 @@ def _control_tables(
     made: dict[WantedTable, RangeTable],
     reporter: "Reporter",
 ) -> ControlTables:
-    of_all_neurons, shuffled, shuffled_from = None, None, None
+    in_random_order, shuffled, shuffled_from = None, None, None
     if "random" in controls:
         everything = _of_all_neurons(wanted)
         of_all_neurons = own if everything.is_served_by(own) else _made(made, everything, store, own, reporter)
+        in_random_order = randomly_ranked(of_all_neurons)
     if "shuffled" in controls:
         moments, shuffled_from = shuffled_moments(store, own)
         shuffled = shuffled_table(own, moments)
-    return ControlTables(of_all_neurons=of_all_neurons, shuffled=shuffled, shuffled_from=shuffled_from)
+    return ControlTables(in_random_order=in_random_order, shuffled=shuffled, shuffled_from=shuffled_from)
 
 
 def _of_all_neurons(wanted: WantedTable) -> WantedTable:

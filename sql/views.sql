@@ -62,7 +62,8 @@ from (select null::smallint as piece, null::double as posterior, null::double as
 -- Rows say of what they are since there are sweeps; older ones leave it to their file.
 create or replace view evaluations as
 with row_of_file as (
-    select parse_filename(filename, true) as evaluation_id, "table", edit, n_texts, unnest("rows") as r from evaluations_files
+    select regexp_replace(parse_filename(filename, true), '\.part\d+$', '') as evaluation_id, "table", edit, n_texts, unnest("rows") as r
+    from evaluations_files
 )
 select evaluation_id, coalesce(r.setting, 0) as setting, coalesce(r.table_id, "table") as table_id,
     coalesce(r.action, edit.action) as action, if(r.action is null, edit.factor, r.factor) as factor,

@@ -13,13 +13,14 @@ from neuronlens.controls import (
     parse_controls,
     plan_controls,
     random_rules,
+    randomly_ranked,
     shuffled_table,
 )
 from neuronlens.errors import UsageError
 from neuronlens.evaluation import EvaluationPlan, plan_conditions
 from neuronlens.programs import Edit, Program
 from neuronlens.ranges import RangeTable
-from tests.range_tables import TAU, row, table_of
+from tests.range_tables import TAU, pieces, row, table_of
 
 WIDTH = 40
 CONCEPTS = ("joy", "anger", "fear")
@@ -44,6 +45,7 @@ def made_table(n_salient: int, *, seed: int = 0) -> RangeTable:
 
 
 TABLE, ALL = made_table(10), made_table(WIDTH)
+SHUFFLED = randomly_ranked(ALL)
 
 
 def planned(edit: Edit, controls: Any, **more: Any) -> tuple[EvaluationPlan, dict[tuple[str, str], Any]]:
@@ -67,7 +69,7 @@ def test_parse_controls__keeps_our_order() -> None:
 
 @pytest.mark.parametrize("edit", [Edit(), Edit(layers=(1,), tau=1.0, action="dampen", factor=0.5)])
 def test_random__takes_as_many_neurons_of_each_layer_with_ranges_of_their_own(edit: Edit) -> None:
-    plan, cases = planned(edit, ["random"], of_all_neurons=ALL)
+    plan, cases = planned(edit, ["random"], in_random_order=SHUFFLED)
     tau = edit.tau or TAU
     for concept in CONCEPTS:
         own = program_of(plan, cases[concept, "range"].number)
@@ -85,35 +87,46 @@ def test_random__takes_as_many_neurons_of_each_layer_with_ranges_of_their_own(ed
             assert set(site.a_RN[:, site.named_N].max(axis=0)) == {edit.factor or 0.0}
 
 
+def drawn(program: Program, table: RangeTable, concept: str) -> list[set[int]]:
+    """The neurons that random rules name, site by site."""
+    found = Program.compile(table, random_rules(program, table, Edit(), concept))
+    return [set(np.flatnonzero(site.named_N).tolist()) for site in found.sites]
+
+
 def test_random__draws_the_same_again_and_more_of_the_same() -> None:
     few, more = (Program.compile(made_table(n), [{"concept": "joy"}]) for n in (4, 9))
-
-    def drawn(program: Program, concept: str = "joy") -> list[set[int]]:
-        return [set(rule.neurons or ()) for rule in random_rules(program, ALL, Edit(), concept)]
-
-    assert drawn(few) == drawn(few)
-    assert all(a < b for a, b in zip(drawn(few), drawn(more), strict=True))
-    assert drawn(few) != drawn(few, "anger")
-    assert drawn(few)[0] != drawn(few)[1]
+    assert drawn(few, SHUFFLED, "joy") == drawn(few, randomly_ranked(ALL), "joy")
+    assert [len(there) for there in drawn(few, SHUFFLED, "joy")] == [4, 4]
+    assert all(a < b for a, b in zip(drawn(few, SHUFFLED, "joy"), drawn(more, SHUFFLED, "joy"), strict=True))
+    assert drawn(few, SHUFFLED, "joy") != drawn(few, SHUFFLED, "anger")
+    assert len({frozenset(there) for there in drawn(few, SHUFFLED, "joy")}) == 2
+    everything = Program.compile(ALL, [{"concept": "joy"}])
+    assert drawn(everything, SHUFFLED, "joy") == [set(range(WIDTH))] * 2
     # Any neuron may be drawn: over many concepts, about equally often.
-    everything = table_of([row(f"c{c}", n, 0.0, 1.0) for c in range(300) for n in range(WIDTH)], widths=WIDTHS)
-    program = Program.compile(table_of([row("c0", n, 0.0, 1.0) for n in range(10)], widths=WIDTHS), [{"concept": "c0"}])
-    times_N = np.bincount(
-        [
-            n
-            for c in range(300)
-            for rule in random_rules(program, everything, Edit(), f"c{c}")
-            for n in rule.neurons or ()
-        ],
-        minlength=WIDTH,
+    many = randomly_ranked(
+        table_of([row(f"c{c}", n, 0.0, 1.0) for c in range(300) for n in range(WIDTH)], widths=WIDTHS)
     )
+    ten = Program.compile(table_of([row("c0", n, 0.0, 1.0) for n in range(10)], widths=WIDTHS), [{"concept": "c0"}])
+    times_N = np.bincount([n for c in range(300) for n in drawn(ten, many, f"c{c}")[0]], minlength=WIDTH)
     assert times_N.sum() == 3000
     assert 40 < times_N.min() < times_N.max() < 115  # 75 each, give or take 5 standard deviations
 
 
+def test_randomly_ranked__keeps_the_pieces_of_a_neuron_together() -> None:
+    rows = [piece for n in range(6) for piece in pieces("joy", n, [(0.0, 1.0, 0.5), (2.0, 3.0, 0.25)], rank=n + 1)]
+    own = table_of(rows, widths={"mlp_post": 6}, method="hpd", options={"mass": 0.9}, top_fraction=1.0)
+    found = randomly_ranked(own).rows.to_pylist()
+    ranks = {row["neuron"]: row["rank"] for row in found}
+    assert sorted(ranks.values()) == list(range(1, 7))
+    assert list(ranks) != sorted(ranks)
+    assert [(row["neuron"], row["rank"]) for row in found] == [
+        (neuron, rank) for neuron, rank in sorted(ranks.items(), key=lambda item: item[1]) for _ in range(2)
+    ]
+
+
 def test_random__refuses_a_table_that_has_too_few() -> None:
     with pytest.raises(UsageError, match=r"draws 10 neurons of mlp_post, layer 0, and table tbl_.* has 4 of joy there"):
-        planned(Edit(), ["random"], of_all_neurons=made_table(4))
+        planned(Edit(), ["random"], in_random_order=randomly_ranked(made_table(4)))
 
 
 def test_wrong_concept__is_the_next_ones_range_and_takes_no_pass_of_its_own() -> None:
@@ -167,7 +180,7 @@ def test_controls__of_an_intervention_without_neurons_are_the_bare_model() -> No
     plan = EvaluationPlan()
     edit = Edit(hook_points=("resid_post",))
     ranged = plan_conditions(plan, 0, TABLE, edit, CONCEPTS)
-    tables = ControlTables(of_all_neurons=ALL, shuffled=TABLE, shuffled_from="nothing")
+    tables = ControlTables(in_random_order=SHUFFLED, shuffled=TABLE, shuffled_from="nothing")
     plan_controls(plan, 0, TABLE, edit, ranged, CONTROLS, tables)
     assert len(plan.cases) == 3 * (3 + 4)
     assert {case.number for case in plan.cases} == {0}

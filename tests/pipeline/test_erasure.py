@@ -53,8 +53,13 @@ def asked(place, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def swept(asked, ray_cluster):
+    """The rows, kept in three files."""
     made, store = asked
+    patch = pytest.MonkeyPatch()
+    patch.setattr("pipeline.erasure.ROWS_A_FILE", 100)
     rows = evaluate_sweep(made, store, table_of_recipe(store, made), parse_grid(SWEEP), Silent(), controls=CONTROLS)
+    patch.undo()
+    assert [len(receipt["rows"]) for receipt in store.receipts("evaluations")] == [100, 100, 24]
     return rows, store
 
 

@@ -98,7 +98,7 @@ def test_tables_of__makes_one_where_the_table_does_not_serve(store: Store, table
     ]
     plain = tables_of(store, table, settings[:2], [], Silent())
     assert [found.own for found in plain] == [table, table]
-    assert plain[0].controls.of_all_neurons is plain[0].controls.shuffled is None
+    assert plain[0].controls.in_random_order is plain[0].controls.shuffled is None
     found = tables_of(store, table, settings, ["random", "shuffled"], Silent())
     headers = [one.own.header for one in found]
     assert [header.top_fraction for header in headers] == [0.5, 0.5, 0.8, 0.8]
@@ -106,9 +106,9 @@ def test_tables_of__makes_one_where_the_table_does_not_serve(store: Store, table
     assert found[2].own is found[3].own
     assert {found[i].own.id for i in range(4)} <= set(store.table_ids())
     for one in found:
-        assert one.controls.of_all_neurons is not None
-        assert one.controls.of_all_neurons.header.top_fraction == 1.0
-        assert one.controls.of_all_neurons.rows.num_rows == N_LAYERS * WIDTH * len(N_OF)
+        assert one.controls.in_random_order is not None
+        assert one.controls.in_random_order.header.top_fraction == 1.0
+        assert one.controls.in_random_order.rows.num_rows == N_LAYERS * WIDTH * len(N_OF)
         assert one.controls.shuffled is not None
         assert one.controls.shuffled.rows.num_rows == one.own.rows.num_rows
         assert one.controls.shuffled.id not in store.table_ids()
