@@ -53,7 +53,7 @@ class Evaluation:
 
 def evaluations_of(facts: Facts) -> list[Evaluation]:
     """Those of one setting; of a sweep, a section a setting would be too many."""
-    single = [one for one in facts.evaluations if len({row.get("setting", 0) for row in one.get("rows", ())}) == 1]
+    single = [one for one in facts.evaluations if {row.get("setting", 0) for row in one.get("rows", ())} == {0}]
     return [
         Evaluation(title=_title(one), rows=[row for row in one["rows"] if row["concept"] is not None]) for one in single
     ]

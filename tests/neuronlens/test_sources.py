@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from neuronlens.errors import UsageError
-from neuronlens.sources import load_labelled
+from neuronlens.sources import load_labelled, load_texts
 
 ROWS = [{"text": "so glad", "label": "joy"}, {"text": "so mad", "label": "anger"}, {"text": "yes!", "label": "joy"}]
 
@@ -87,3 +87,22 @@ def test_load_labelled__says_what_is_wrong_with_the_place(tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"text": ')
     with pytest.raises(UsageError, match="cannot be read"):
         load(str(tmp_path / "broken.jsonl"))
+
+
+def test_load_texts__takes_the_first_that_say_something(tmp_path):
+    path = tmp_path / "plain.jsonl"
+    rows = [{"text": text, "body": f"body of {text}"} for text in ("", "one", "  ", "two", "three")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_texts(str(path), split="train", text="text", at_most=2) == ["one", "two"]
+    assert load_texts(str(path), split="train", text="body", at_most=1) == ["body of "]
+    assert load_texts(str(path), split="train", text="tweet", at_most=9) == ["one", "two", "three"]
+
+
+def test_load_texts__says_what_is_missing(tmp_path):
+    path = tmp_path / "plain.jsonl"
+    path.write_text(json.dumps({"body": "one"}) + "\n")
+    with pytest.raises(UsageError, match=r"has no column 'tweet' and none called 'text'. It has: body"):
+        load_texts(str(path), split="train", text="tweet", at_most=2)
+    path.write_text(json.dumps({"text": " "}) + "\n")
+    with pytest.raises(UsageError, match=r"has no text in its column 'text'"):
+        load_texts(str(path), split="train", text="text", at_most=2)
