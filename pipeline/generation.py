@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 _ROWS_VERSION = 1
 """Of what a row says."""
-_OPERATIONS_PER_SECOND = 5e10
-"""Of one core, roughly."""
+_OPERATIONS_PER_SECOND, _STEP_SECONDS = 5e10, 0.01
+"""Of one core, roughly: what it computes, and what a step of the smallest model takes it."""
 _WORKER_SECONDS = 10
 """What it takes a worker to import torch and to load two small models, roughly."""
 
@@ -193,7 +193,7 @@ def _generate(
     generated = Generated.empty(plan.n_passes, len(prompts))
     lengths = [len(prompt.token_ids) + asked.n_tokens for prompt in prompts]
     with ray_session():
-        layout = _layout(recipe, [model, classifier], sum(lengths) * plan.n_passes)
+        layout = _layout(recipe, [model, classifier], asked.n_tokens, sum(lengths) * plan.n_passes)
         tokens_per_batch = recipe.compute.tokens_per_batch
         if tokens_per_batch == "auto":
             tokens_per_batch = TOKENS_PER_BATCH[layout.device_type]
@@ -226,13 +226,15 @@ def _generate(
     return generated
 
 
-def _layout(recipe: Recipe, models: list[LoadedModel], n_tokens: int) -> Layout:
-    """As many workers as there is work for: what one does sooner than another starts, it does alone."""
+def _layout(recipe: Recipe, models: list[LoadedModel], n_steps: int, n_tokens: int) -> Layout:
+    """As many workers as there is work for, which is n_tokens in batches of so many steps: what one does sooner than
+    another starts, it does alone."""
     weights = [list(loaded.module.parameters()) for loaded in models]
     n_operations = 2 * sum(parameter.numel() for parameter in weights[0]) * n_tokens
+    n_batches = n_tokens / TOKENS_PER_BATCH["cpu"]
+    seconds = n_operations / _OPERATIONS_PER_SECOND + n_batches * n_steps * _STEP_SECONDS
     n_bytes = sum(parameter.numel() * parameter.element_size() for parameters in weights for parameter in parameters)
-    n_jobs = 1 + int(n_operations / _OPERATIONS_PER_SECOND / _WORKER_SECONDS)
-    return choose_layout(recipe.compute, n_jobs=n_jobs, worker_memory_bytes=n_bytes)
+    return choose_layout(recipe.compute, n_jobs=1 + int(seconds / _WORKER_SECONDS), worker_memory_bytes=n_bytes)
 
 
 class GenerationWorker:

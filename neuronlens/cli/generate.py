@@ -55,14 +55,14 @@ def generate(
 def _scores(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A section a concept, and the means over concepts at the end. In 80 columns the intervals take a line of their
     own."""
-    shown = _table("What the continuations speak of, by the classifier: of the target's prompts, and of all others'")
+    shown = _table("Do continuations still speak of their concept? By the classifier")
     shown.add_column("concept", overflow="fold")
     shown.add_column("case", no_wrap=True)
     for side in ("target", "others"):
         shown.add_column(f"{side} prob.", justify="right", width=len(side))
         shown.add_column(f"{side} top (95 %)", justify="right", min_width=len("(0.00–0.00)"))
-    for heading in ("perpl.", "dist. 2", "changed"):
-        shown.add_column(heading, justify="right", min_width=len("dist."))
+    for heading in ("ppl.", "dist2", "changed"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for concept in dict.fromkeys(row["concept"] for row in rows):
         shown.add_section()
         for i, row in enumerate(row for row in rows if row["concept"] == concept):

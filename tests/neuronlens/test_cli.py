@@ -174,7 +174,7 @@ def test_ranges__refuses_a_tau_that_cannot_be(finished, folder):
     assert "tau is -1" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["demo", "run", "plan", "sql", "ranges", "evaluate", "verify"])
+@pytest.mark.parametrize("command", ["demo", "run", "plan", "sql", "ranges", "evaluate", "generate", "verify"])
 def test_cli__every_command_has_help_with_an_example(command):
     done = neuronlens(command, "--help")
     assert done.returncode == 0

@@ -196,7 +196,7 @@ def test_generate__prints_rows_for_scripts_and_texts_for_people(place, store, ta
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert [row["n_target"] for row in printed] == [1] * 9 + [3] * 3
-    for word in ("target", "others", "perpl.", "unmodified", "without the ranges", "mean"):
+    for word in ("target", "others", "ppl.", "dist2", "unmodified", "without the ranges", "mean"):
         assert word in done.stderr
     kept = Store(store.root).receipts("generations")
     assert [one["rows"] for one in kept if one["edit"]["layers"] == [1]] == [printed]
