@@ -1,6 +1,7 @@
 """`neuronlens figures`: which files it writes, what stands on them, and what it says of those that it cannot."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ from typer.testing import CliRunner
 
 from neuronlens import gallery, sweep_pictures
 from neuronlens.cli import app
-from neuronlens.errors import UsageError
+from neuronlens.errors import RunFailed, UsageError
 from neuronlens.gallery import write_figures
 from neuronlens.query import connect, run_file
 from neuronlens.store import Store
+from neuronlens.sweep import Setting, parse_grid, settings_of
 from neuronlens.sweep_lines import text_sets
 from neuronlens.sweep_pictures import MAX_LINES, MAX_ROWS, comparisons, sweeps
 from tests.range_tables import row as range_row
@@ -25,7 +27,7 @@ KINDS = ("tau", "top_fraction", "layers", "penalty", "mass", "budget", "factor",
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("gallery") / "store"
-    write_report_store(root, arrays(["a", "b"]))
+    write_report_store(root, arrays(["a", "b"], n_layers=1))
     put_sweep(root, TAUS, controls={"random": (0.1, 0.1)})
     return root
 
@@ -92,6 +94,27 @@ def test_figures__of_a_store_without_evaluations_draws_distributions_alone(tmp_p
     assert tuple(found.missing) == KINDS
 
 
+def swept_by(command: str) -> list[dict]:
+    """Rows as the sweep of that command makes them, all with the same drops."""
+    words = shlex.split(command)
+    table = table_of([range_row(c, n, 0.0, 1.0, layer=layer) for c in "ab" for n in (0, 1) for layer in (0, 1)])
+    grid = parse_grid([words[i + 1] for i, word in enumerate(words) if word == "--sweep"])
+    settings = settings_of(grid, Setting.of(table), table, layers=(0, 1), hook_points=("mlp_post",))
+    return [setting.columns(table) | {"drops": (0.5, 0.1, 0.1)} for setting in settings]
+
+
+def test_figures__names_commands_whose_rows_are_then_drawn(tmp_path):
+    root = tmp_path / "store"
+    write_report_store(root, arrays(["a", "b"], n_layers=1), with_statistics=False)
+    missing = write_figures(Store(str(root)), tmp_path / "drawn", forms=["png"]).missing
+    put_sweep(root, [{"drops": (0.5, 0.1, 0.1)}])
+    assert "concepts" in pictures(root)
+    for kind, command in missing.items():
+        if "--sweep" in command:
+            put_sweep(root, swept_by(command))
+            assert kind in {picture.kind for picture in pictures(root).values()}, command
+
+
 def test_figures__of_a_store_without_statistics_says_how_to_make_them(tmp_path):
     store = write_report_store(tmp_path / "store", arrays(["a", "b"], n_layers=1), with_statistics=False)
     found = write_figures(store, tmp_path / "drawn", forms=["png"])
@@ -119,6 +142,13 @@ def test_figures__refuses_what_cannot_be(root, tmp_path, folder, said):
     (tmp_path / "a-file").touch()
     with pytest.raises(UsageError, match=said):
         write_figures(Store(str(root)), tmp_path / folder, forms=["png"], table="tbl_none" if folder == "ok" else None)
+
+
+def test_figures__that_cannot_be_written_say_where(root, tmp_path):
+    (tmp_path / "drawn" / "trade-off.png").mkdir(parents=True)
+    done = run(root, "-o", tmp_path / "drawn")
+    assert isinstance(done.exception, RunFailed)
+    assert f"{tmp_path / 'drawn'} cannot be written" in str(done.exception)
 
 
 # --- whose ranges ---
@@ -150,6 +180,7 @@ def test_figures__draw_the_ranges_of_the_best_table_that_was_evaluated(tmp_path,
         for i, (table, target) in enumerate(zip(tables, (0.3, 0.6), strict=True))
     ]
     put_sweep(tmp_path / "store", settings)
+    put_sweep(tmp_path / "store", [settings[0] | {"drops": (0.4, 0.1, 0.1)}], name="sweep.2", bare=0.8)
     assert bands(monkeypatch, store, tmp_path / "drawn")[0] == {tables[1].id}
     asked, ranges = bands(monkeypatch, store, tmp_path / "drawn", table=tables[0].id)
     assert asked == {tables[0].id}
@@ -182,7 +213,7 @@ def test_comparisons__draw_the_best_setting_concept_by_concept_and_with_its_cont
 
 def test_comparisons__hold_evaluations_of_the_same_texts_together(tmp_path):
     root = tmp_path / "store"
-    write_report_store(root, arrays(["a", "b"], n_layers=1))
+    write_report_store(root, arrays(["a", "b"], n_layers=1), with_statistics=False)
     put_sweep(root, TAUS)
     budgets = [{"method": "budget", "tau": None, "budget": b, "drops": (b, b / 10, b)} for b in (0.1, 0.3)]
     put_sweep(root, budgets, name="sweep.000000000002", bare=0.9 + 1e-7)
@@ -213,7 +244,7 @@ def test_figures__of_several_sets_of_texts_have_names_of_their_own(tmp_path):
 
 def test_sweeps__of_many_lines_draw_the_best_and_say_so(tmp_path):
     root = tmp_path / "store"
-    write_report_store(root, arrays(["a", "b"], n_layers=1))
+    write_report_store(root, arrays(["a", "b"], n_layers=1), with_statistics=False)
     n = MAX_LINES + 3
     grid = [(tau, top) for tau in (1.0, 2.0) for top in range(1, n + 1)]
     put_sweep(root, [{"tau": tau, "top_fraction": top / 20, "drops": (tau * top / 40, 0, 0.1)} for tau, top in grid])
@@ -226,7 +257,7 @@ def test_sweeps__of_many_lines_draw_the_best_and_say_so(tmp_path):
 def test_comparisons__of_many_concepts_draw_the_extremes_and_say_so(tmp_path):
     root = tmp_path / "store"
     concepts = [f"concept {i:02d}" for i in range(MAX_ROWS + 6)]
-    write_report_store(root, arrays(concepts, n_layers=1, n_samples=20, width=3))
+    write_report_store(root, arrays(concepts, n_layers=1, n_samples=20, width=3), with_statistics=False)
     put_sweep(root, TAUS, concepts=concepts)
     picture = pictures(root)["concepts"]
     [axes] = picture.figure.axes

@@ -80,12 +80,21 @@ def test_lines_along__have_whole_neurons_of_the_same_settings_beside_them():
 
 
 def test_lines_along_layers__keep_all_layers_apart():
-    rows = [row(layer, layers=[layer], drops=(layer / 10, 0.0)) for layer in (4, 0, 2)]
-    rows += [row(8, layers=None, drops=(0.9, 0.0)), row(9, layers=[0, 2], drops=(0.8, 0.0))]
+    rows = [
+        row(layer, condition, layers=[layer], drops=(drop, drop / 4), kl=2 * drop)
+        for layer in (4, 0, 2)
+        for condition, drop in (("range", layer / 10), ("neuron", layer / 5))
+    ]
+    rows += [row(8, condition, layers=None, drops=(0.9, 0.5), kl=3.0) for condition in ("range", "neuron")]
+    rows += [row(9, layers=[0, 2], drops=(0.8, 0.0))]
     [line] = lines_along_layers(rows)
     np.testing.assert_array_equal(line.x_P, [0, 2, 4, math.nan, 5.5])
     np.testing.assert_allclose(line.target.value_P, [0, 0.2, 0.4, math.nan, 0.9])
     np.testing.assert_allclose(line.target.low_P, [-0.02, 0.18, 0.38, math.nan, 0.88])
+    np.testing.assert_allclose(line.others.value_P, [0, 0.05, 0.1, math.nan, 0.5])
+    np.testing.assert_allclose(line.kl_P, [0, 0.4, 0.8, math.nan, 3])
+    assert line.whole is not None
+    np.testing.assert_allclose(line.whole.target.value_P, [0, 0.4, 0.8, math.nan, 0.9])
 
 
 def test_lines_along_layers__are_none_without_single_layers():
