@@ -163,7 +163,7 @@ def _measures(row: Mapping[str, Any], all_rows: Sequence[Mapping[str, Any]]) -> 
         "selectivity": ("selectivity (95 %)", _number(row["selectivity"], ".3f") + interval),
         "kl_complement": ("others KL", _number(row["kl_complement"], ".4f")),
         "off_task_kl": ("off-task KL", _number(row["off_task_kl"], ".4f")),
-        "off_task_perplexity": ("off-task perplexity", _number(row["off_task_perplexity"], ",.2f")),
+        "off_task_perplexity": ("off-task perplexity", _number(row["off_task_perplexity"], ",.5g")),
         "choice_accuracy": ("choices", _number(row["choice_accuracy"], ".3f")),
         "changed_share": ("changed", _number(row["changed_share"], ".1%")),
     }
