@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
 
@@ -36,6 +36,7 @@ def test_draws__keep_each_concepts_number_of_texts_and_repeat() -> None:
     assert (counts_SX[:, 0] == 0).mean() == pytest.approx((6 / 7) ** 7, abs=0.08)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_resampled_means__are_those_of_a_loop(data: st.DataObject) -> None:
     n_texts = data.draw(st.integers(1, 12))
@@ -68,6 +69,7 @@ def test_interval_95__is_close_to_scipys_percentile_bootstrap() -> None:
     assert (low[0], high[0]) == pytest.approx((expected.low, expected.high), abs=0.01)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=40),
     st.lists(st.integers(1, 30), min_size=1, max_size=40),
