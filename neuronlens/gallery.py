@@ -6,6 +6,7 @@ Distributions of the neurons that the report picks, sweeps, trade-offs, controls
 command that makes its data.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +138,9 @@ def _table_shown(ids: Sequence[str], sets: Sequence[TextSet]) -> str | None:
 
 def _missing(root: str, facts: Facts, sets: Sequence[TextSet], drawn: set[str]) -> dict[str, str]:
     """The command that makes the data of each kind that was not drawn."""
-    test = "" if facts.description.get("recipe", {}).get("test") else " --set test.source=test.jsonl"
-    answers = f" --set 'data.answers={{{facts.concepts[0]}: TOKEN, ...}}'"
+    root = shlex.quote(root)
+    test = "" if facts.description.get("recipe", {}).get("test") else "--set test.source=test.jsonl"
+    answers = "--set " + shlex.quote(f"data.answers={{{facts.concepts[0]}: TOKEN, ...}}")
     found = {}
     if "distributions" not in drawn:
         shown = "neuronlens show {} LAYER NEURON -o neuron.png" if facts.statistics else "python -m jobs.statistics {}"
@@ -146,5 +148,5 @@ def _missing(root: str, facts: Facts, sets: Sequence[TextSet], drawn: set[str]) 
     for kind, options in _SWEEPS.items():
         if kind not in drawn:
             needs = answers if kind in _OF_ANSWERS and sets and not any(texts.has_drops for texts in sets) else ""
-            found[kind] = f"neuronlens evaluate {root} {options}{test}{needs}".replace("  ", " ")
+            found[kind] = " ".join(filter(None, ("neuronlens evaluate", root, options, test, needs)))
     return found
