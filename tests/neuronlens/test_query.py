@@ -42,6 +42,7 @@ PARAMS = {
     "shuffled_moments": LAYER_1 | {"seed": 0},
     "merged_histograms": LAYER_1 | {"concept": "joy"},
     "overlap": LAYER_1 | ALL_NEURONS | {"tau": 2.5},
+    "layer_moments": LAYER_1,
     "kept_pairs": LAYER_1 | {"top": 2, "threshold": None},
     "salience": LAYER_1,
     "ranges": {"tau": 2.5, "top_fraction": 0.3, "salience": "mean_abs"},
@@ -68,8 +69,10 @@ PARAMS = {
     "report_polysemantic_neurons": {"n_neurons": 2},
     "report_salient_overlap": {"concepts": ["anger", "joy"]},
     "report_separable_neurons": {"n_neurons": 2},
+    "report_sweep_concepts": {"evaluation_id": "sweep.0123456789ab", "setting": 0},
+    "report_sweeps": {},
 }
-NOT_HERE = ("report_answers", "report_evaluations", "neuron_ranges")
+NOT_HERE = ("report_answers", "report_evaluations", "report_sweep_concepts", "report_sweeps", "neuron_ranges")
 """Their answer is empty: the store here has neither answers of the model, evaluations nor range tables."""
 
 
