@@ -173,13 +173,14 @@ def _measures(row: Mapping[str, Any], all_rows: Sequence[Mapping[str, Any]]) -> 
 def _setting_cells(row: Mapping[str, Any]) -> dict[str, str]:
     """What a row says of its setting; the method's own option stands behind its name."""
     options = " ".join(f"{row[key]:g}" for key in METHOD_OPTIONS if row[key] is not None)
-    cells = {key: _setting_cell(key, row[key]) for key in SETTING_COLUMNS if key not in METHOD_OPTIONS}
+    cells = {key: setting_cell(key, row[key]) for key in SETTING_COLUMNS if key not in METHOD_OPTIONS}
     return cells | {"method": f"{cells['method']} {options}".strip()}
 
 
-def _setting_cell(key: str, value: Any) -> str:
+def setting_cell(key: str, value: Any, *, none: str = "-") -> str:
+    """A key of a sweep's setting as a person reads it; `none` where it does not apply."""
     if value is None:
-        return "all" if key in ("layers", "hook_points") else "-"
+        return "all" if key in ("layers", "hook_points") else none
     if isinstance(value, list):
         return "+".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -140,12 +140,14 @@ class _Layer:
         return cls(bumps, salient, place_NC, mean_others_NC, histograms, n_threads)
 
     def blocks(self) -> Iterator[tuple[int, Bumps]]:
-        """Blocks of neurons with their histograms, and the number of the first neuron's row."""
-        counts, first = open_counts(self.histograms), 0
-        for block in self.bumps.blocks(neurons_a_block(len(self.bumps.concepts))):
-            rows = read_counts(counts, block.first, block.last, n_threads=self.n_threads)
-            yield first, block.with_counts(rows, n_threads=self.n_threads)
-            first += len(block.neuron_N)
+        """Blocks of neurons with their histograms, and the number of the first neuron's row. Once: the file is closed
+        at the end."""
+        with self.histograms as file:
+            counts, first = open_counts(file), 0
+            for block in self.bumps.blocks(neurons_a_block(len(self.bumps.concepts))):
+                rows = read_counts(counts, block.first, block.last, n_threads=self.n_threads)
+                yield first, block.with_counts(rows, n_threads=self.n_threads)
+                first += len(block.neuron_N)
 
     def rows_of(self, found: Intervals, first: int) -> pa.Table:
         """The rows of the salient neurons among those of a block that begins at row `first`; with `target` and

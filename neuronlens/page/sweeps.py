@@ -1,11 +1,11 @@
 """Sweeps and controls: what every setting that was evaluated erases, and what it spares."""
 
 import math
-from typing import Any
 
 from neuronlens.canvas import CONDITION_NAMES
 from neuronlens.page.desk import Desk, decimal, number, percent
 from neuronlens.page.elements import Part, Query, Section, Table
+from neuronlens.report import setting_cell
 from neuronlens.sweep_lines import CONTROLS, Row, TextSet, differing, text_sets
 from neuronlens.sweep_pictures import about_texts, comparisons, sweeps
 
@@ -74,7 +74,7 @@ def _table(texts: TextSet, rows: list[Row]) -> Table:
         columns=columns,
         rows=tuple(
             (
-                *(_cell(key, row[key]) for key in keys),
+                *(setting_cell(key, row[key], none="–") for key in keys),
                 decimal(row["target_drop"], 3),
                 decimal(row["complement_drop"], 3),
                 _with_interval(row),
@@ -93,14 +93,6 @@ def _table(texts: TextSet, rows: list[Row]) -> Table:
 
 
 _NAMED = ("hook_points", "salience", "method", "action", "positions")
-
-
-def _cell(key: str, value: Any) -> str:
-    if value is None:
-        return "all" if key in ("layers", "hook_points") else "–"
-    if isinstance(value, list):
-        return "+".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _with_interval(row: Row) -> str:
