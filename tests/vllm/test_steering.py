@@ -121,6 +121,8 @@ def test_steering__by_ranges_with_pieces_says_what_it_says_alone(models):
         assert one.tokens == ids
         if one.rules is not None:
             assert one.counts is not None
-            assert (one.counts.tested, one.counts.changed) == (tested, changed)
+            assert one.counts.tested == tested
+            # Eight edges a neuron: of 8,000 values that differ by rounding, a few lie on the two sides of one.
+            assert one.counts.changed == pytest.approx(changed, rel=0.005)
             n_differing += ids != alone(folder, one.prompt, one.max_tokens, None)[0]
     assert n_differing >= 4, "programs were meant to change what is said"

@@ -41,7 +41,8 @@ def test_triton_kernel__does_what_the_torch_operations_do(dtype, block, enough, 
     width, slots = 37, [0, 1, 2, 3, 4, 5, 6, 2, 0, 4]
     programs = [*(program(rules, width) for rules in RULES)]
     programs += [program_with_pieces(rules, width) for rules in RULES_ON_PIECES[1:3]]
-    config = CONFIG.model_copy(update={"slots": len(programs), "rule_rows": 20})
+    n_rows = sum(len(one.sites[0].rule_R) for one in programs)
+    config = CONFIG.model_copy(update={"slots": len(programs), "rule_rows": n_rows})
     made, _ = board([rank_site(width)], dtype=dtype, config=config)
     for slot, one in enumerate(programs, start=1):
         made.tables.put(slot, one.sites)
