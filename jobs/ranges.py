@@ -27,16 +27,7 @@ def main(
 ) -> None:
     """Make the range table of a store. The same settings give the same table, under the same id."""
     opened = Store(store)
-    asked = recipe_of(opened, changes).ranges
-    table = emit_table(
-        opened,
-        tau=asked.tau,
-        top_fraction=asked.top_fraction,
-        method=asked.method,
-        options=asked.options,
-        salience=asked.salience,
-        reporter=ConsoleReporter(stderr()),
-    )
+    table = emit_table(opened, recipe_of(opened, changes).ranges, ConsoleReporter(stderr()))
     stderr().print(f"{table.id}: {table.rows.num_rows:,} ranges. {coverage_line(table.header.coverage) or ''}")
     if publish is not None:
         publish_table(table, to=publish, key_file=key_file, kept_in=opened.root)

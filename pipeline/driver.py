@@ -188,17 +188,8 @@ class Driver:
 
     def ranges(self, store: Store) -> RangeTable:
         """The range table that the recipe asks for."""
-        asked = self.recipe.ranges
         with self.summary.timed("ranges"):
-            table = emit_table(
-                store,
-                tau=asked.tau,
-                top_fraction=asked.top_fraction,
-                method=asked.method,
-                options=asked.options,
-                salience=asked.salience,
-                reporter=self.reporter,
-            )
+            table = emit_table(store, self.recipe.ranges, self.reporter)
         self.summary.range_table = table.id
         return table
 

@@ -9,6 +9,7 @@ from neuronlens.client import Client, read_key
 from neuronlens.errors import NeuronLensError, UsageError
 from neuronlens.query import connect, run_file
 from neuronlens.ranges import PAPER, RangeTable, TableModel
+from neuronlens.recipe import RangesSection
 from neuronlens.retry import retried
 from neuronlens.store import Store
 from pipeline.coverage import coverage_of
@@ -23,20 +24,10 @@ FIRST_METHODS = ("mean_abs", "cohens_d", "selectivity")
 """What the salience of a layer holds whose receipt has no list of methods: there were no others then."""
 
 
-def emit_table(
-    store: Store,
-    *,
-    tau: float,
-    top_fraction: float,
-    salience: str,
-    reporter: "Reporter",
-    method: str = PAPER,
-    options: Mapping[str, float] | None = None,
-) -> RangeTable:
-    """Make, save and return the range table of a store. The same arguments give the same table, with the same id.
+def emit_table(store: Store, asked: RangesSection, reporter: "Reporter") -> RangeTable:
+    """Make, save and return the range table of a store. The same section gives the same table, with the same id.
 
-    method and options: as in the recipe's section `ranges`, all options given. tau is what the ranges of method paper
-    have; by any other method it only stands in the table.
+    tau is what the ranges of method paper have; by any other method it only stands in the table.
 
     Salience `probe` trains the linear probes that the store does not hold yet. Raises UsageError where the store has no
     statistics yet, or none by that method of salience, or where no concept has a range.
@@ -49,29 +40,28 @@ def emit_table(
             "statistics of these shards: make them with 'python -m jobs.statistics STORE', or let the same 'neuronlens "
             "run' command go on where it stopped."
         )
-    if salience == "probe":
+    if asked.salience == "probe":
         make_probes(store, reporter)
     else:
-        _check_salience(store, statistics, salience)
+        _check_salience(store, statistics, asked.salience)
+    choice = {"tau": asked.tau, "top_fraction": asked.top_fraction, "salience": asked.salience}
     with connect(store.file_lists(), fs=store.fs) as con:
-        rows = run_file(con, "ranges", tau=tau, top_fraction=top_fraction, salience=salience)
-        if method != PAPER:
-            chosen = Method(name=method, options=options or {})
+        rows = run_file(con, "ranges", **choice)
+        if asked.method != PAPER:
+            chosen = Method(name=asked.method, options=asked.options)
             with reporter.stage("ranges", chosen.n_passes * len(statistics), "layers") as advance:
                 rows = with_pieces(con, store, rows, chosen, n_threads=os.cpu_count() or 1, advance=advance)
     model = description["model"]
     table = RangeTable.make(
         rows,
-        tau=tau,
-        top_fraction=top_fraction,
-        salience=salience,
+        **choice,
         store_hash=description["store_hash"],
         model=TableModel(id=model["id"], revision=model["revision"], config_hash=model["config_hash"]),
         unit=description["unit"],
         widths=description["widths"],
         coverage=coverage_of(store, commits),
-        method=method,
-        options=options,
+        method=asked.method,
+        options=asked.options,
     )
     retried(f"write the table {table.id} into {store.root}", lambda: table.save(store.root, store.fs))
     return table

@@ -190,6 +190,7 @@ def _evaluate(
         "controls": list(asked.controls),
         "coverage": table.header.coverage,
         "n_texts": len(data.texts),
+        "texts_hash": data.texts_hash,
         "n_off_task_texts": len(data.off_task),
         "n_questions": 0 if data.questions is None else len(data.questions.prompts),
         "n_passes": plan.n_passes,

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from neuronlens.controls import SEED, Control, ControlTables, randomly_ranked, shuffled_table
 from neuronlens.query import connect, run_file
-from neuronlens.ranges import PAPER, RangeTable
+from neuronlens.ranges import RangeTable
 from neuronlens.recipe import CHOOSY_METHODS, RangesSection
 from neuronlens.store import Store
 from neuronlens.sweep import Setting, WantedTable, wanted_tables
@@ -58,17 +58,14 @@ def _made(
     made: dict[WantedTable, RangeTable], wanted: WantedTable, store: Store, table: RangeTable, reporter: "Reporter"
 ) -> RangeTable:
     if wanted not in made:
-        more: dict[str, Any] = {}
-        if wanted.method != PAPER:
-            more = {"method": wanted.method, "options": dict(wanted.options)}
-        made[wanted] = emit_table(
-            store,
-            tau=table.header.tau,
-            top_fraction=wanted.top_fraction,
-            salience=wanted.salience,
-            reporter=reporter,
-            **more,
-        )
+        asked = {
+            "method": wanted.method,
+            **dict(wanted.options),
+            "tau": table.header.tau,
+            "top_fraction": wanted.top_fraction,
+            "salience": wanted.salience,
+        }
+        made[wanted] = emit_table(store, RangesSection.model_validate(asked), reporter)
         reporter.say(
             f"{made[wanted].id}: made for this, top {wanted.top_fraction:.0%} by {wanted.salience}, method "
             f"{wanted.method}"

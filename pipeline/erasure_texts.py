@@ -15,6 +15,7 @@ from neuronlens.multiple_choice import EncodedQuestions, encode_questions, load_
 from neuronlens.prompts import encode_prompts
 from neuronlens.recipe import Recipe, TestSection
 from neuronlens.sources import LabelledText, load_labelled, load_texts
+from neuronlens.store import content_hash
 from pipeline.evaluator import EvaluationJob, jobs_of
 from pipeline.plan import check_answers
 
@@ -80,13 +81,23 @@ class TestData:
             *jobs_of("choices", loaded, self._questions, n_choices_Q, tokens_per_batch, n_groups),
         ]
 
+    @property
+    def texts_hash(self) -> str:
+        """Of the labelled texts: evaluations that share it can be compared, whatever else they measured."""
+        return content_hash(self._labelled_as_lists())
+
+    def _labelled_as_lists(self) -> list[Any]:
+        return [
+            [[text.token_ids, text.concept] for text in self.texts],
+            None if self.answer_X is None else self.answer_X.tolist(),
+        ]
+
     def as_lists(self) -> list[Any]:
         """What decides what is measured, for a hash."""
         questions = self.questions
         asked = [] if questions is None else [questions.letter_ids, questions.n_choices_Q.tolist()]
         return [
-            [[text.token_ids, text.concept] for text in self.texts],
-            None if self.answer_X is None else self.answer_X.tolist(),
+            *self._labelled_as_lists(),
             self.off_task,
             [self._questions, *asked, [] if questions is None else questions.right_Q.tolist()],
         ]

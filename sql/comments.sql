@@ -230,6 +230,7 @@ comment on column evaluations.hook_points is 'Hook points at which it was done; 
 comment on column evaluations.edit_tau is 'tau that was asked for in place of the table''s own; NULL for that, and in sweeps';
 comment on column evaluations.edit_top_fraction is 'Share of salient neurons that was asked for; NULL for all of the table''s, and in sweeps';
 comment on column evaluations.n_texts is 'Test texts';
+comment on column evaluations.texts_hash is 'Hash of the test texts'' tokens, concepts and answers: only rows that share it can be compared; NULL in old evaluations';
 comment on column evaluations.tau is 'tau of the ranges; NULL where they are not mean -+ tau * std, and in old evaluations';
 comment on column evaluations.top_fraction is 'Share of salient neurons; NULL in old evaluations';
 comment on column evaluations.salience is 'Method by which neurons are salient; NULL in old evaluations';

@@ -1,13 +1,10 @@
 -- What does each setting that was evaluated take from the target, and what from the others?
 -- in: evaluations
 -- out: one row per setting and condition but base: the means over concepts, and what the setting is. `texts` numbers the sets of
---     test texts from 1, the largest first: evaluations share a set where they have as many texts, in each concept too, and the bare
---     model gives their right answers the same confidence, concept by concept and to 4 digits. Without answers, each stands alone.
+--     test texts from 1, the largest first. Old evaluations, which do not say their texts, stand alone.
 with bare as (
     select evaluation_id, any_value(n_texts) as n_texts, avg(target_confidence) as bare_confidence,
-        if(count(target_confidence) = 0, evaluation_id, any_value(n_texts) || string_agg(
-            concat_ws(' ', '', concept, n_target, round(target_confidence, 4)), chr(10) order by concept
-        )) as told
+        coalesce(any_value(texts_hash), evaluation_id) as told
     from evaluations
     where condition = 'base' and concept is not null and setting = 0
     group by evaluation_id

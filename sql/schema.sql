@@ -88,7 +88,7 @@ limit 0;
 
 -- One JSON file per evaluation or sweep, with a row per setting, concept and condition.
 create or replace view evaluations_files as
-select null::varchar as "filename", null::varchar as "table", null::bigint as n_texts,
+select null::varchar as "filename", null::varchar as "table", null::bigint as n_texts, null::varchar as texts_hash,
     null::struct(action varchar, factor double, "value" double, layers integer[], hook_points varchar[], tau double,
         top_fraction double) as edit,
     null::struct(setting integer, table_id varchar, concept varchar, condition varchar, control varchar,

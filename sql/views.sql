@@ -62,14 +62,15 @@ from (select null::smallint as piece, null::double as posterior, null::double as
 -- Rows say of what they are since there are sweeps; older ones leave it to their file.
 create or replace view evaluations as
 with row_of_file as (
-    select regexp_replace(parse_filename(filename, true), '\.part\d+$', '') as evaluation_id, "table", edit, n_texts, unnest("rows") as r
+    select regexp_replace(parse_filename(filename, true), '\.part\d+$', '') as evaluation_id, "table", edit, n_texts, texts_hash,
+        unnest("rows") as r
     from evaluations_files
 )
 select evaluation_id, coalesce(r.setting, 0) as setting, coalesce(r.table_id, "table") as table_id,
     coalesce(r.action, edit.action) as action, if(r.action is null, edit.factor, r.factor) as factor,
     if(r.action is null, edit."value", r."value") as "value", if(r.action is null, edit.layers, r.layers) as layers,
     if(r.action is null, edit.hook_points, r.hook_points) as hook_points, edit.tau as edit_tau,
-    edit.top_fraction as edit_top_fraction, n_texts, r.tau, r.top_fraction, r.salience, r."method", r.mass, r.penalty, r.budget,
+    edit.top_fraction as edit_top_fraction, n_texts, texts_hash, r.tau, r.top_fraction, r.salience, r."method", r.mass, r.penalty, r.budget,
     coalesce(r.positions, 'all') as positions, r.concept, r.condition, r.control,
     r.target_accuracy, r.target_accuracy_low, r.target_accuracy_high, r.target_confidence,
     r.complement_accuracy, r.complement_accuracy_low, r.complement_accuracy_high, r.complement_confidence,

@@ -141,10 +141,12 @@ def put_sweep(
     controls: Mapping[str, tuple[float, float]] | None = None,
     bare: float | None = 0.9,
     n_texts: int = 120,
+    texts_hash: str | None = "a",
 ) -> None:
     """A sweep as `pipeline.erasure` keeps it. A setting says `drops` (target, others, kl) under ranges, what else it
     says goes over SETTING. Under whole neurons and controls (name -> drops) they are 0.7 and 0.5, and as given. The
-    concepts have 0.1 more and less, in turn. `bare`: the bare model's confidence."""
+    concepts have 0.1 more and less, in turn. `bare`: the bare model's confidence. `texts_hash`: None as in
+    old evaluations."""
     rows = []
     for number, setting in enumerate(settings):
         drops = {"neuron": (0.7, 0.5, 3.0), "range": setting["drops"]}
@@ -159,6 +161,7 @@ def put_sweep(
         rows += [sweep_row(condition, *three, **own) for condition, three in drops.items()]
     (root / "evaluations").mkdir(exist_ok=True)
     content = {"table": SETTING["table_id"], "edit": {"action": "zero"}, "coverage": {}, "n_texts": n_texts}
+    content |= {} if texts_hash is None else {"texts_hash": texts_hash}
     (root / "evaluations" / f"{name}.json").write_text(json.dumps({**content, "rows": rows}), encoding="utf-8")
 
 

@@ -68,15 +68,7 @@ def ranges(
     asked = parse_section(
         RangesSection, {key: value for key, value in given.items() if value is not None}, origin="ranges"
     )
-    table = emit_table(
-        opened,
-        tau=asked.tau,
-        top_fraction=asked.top_fraction,
-        salience=asked.salience,
-        reporter=ConsoleReporter(stderr()),
-        method=asked.method,
-        options=asked.options,
-    )
+    table = emit_table(opened, asked, ConsoleReporter(stderr()))
     how = f"tau {asked.tau:g}" if method == "paper" else " ".join([method, *(f"{v:g}" for v in asked.options.values())])
     top = f"top {asked.top_fraction:.0%} by {asked.salience}"
     stderr().print(f"{table.id}: {table.rows.num_rows:,} ranges, {how}, {top}", highlight=False)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from neuronlens.lens import Lens
+from neuronlens.recipe import RangesSection
 from neuronlens.store import Store
 from pipeline.driver import Silent
 from pipeline.emit import emit_table
@@ -85,7 +86,7 @@ def _store(root: Path, args: argparse.Namespace) -> Store:
                 x_LSN = rng.standard_normal((args.layers, args.samples, args.neurons), dtype=np.float32)
                 shards.append(Shard(concept=f"c{concept}", x_LSN=x_LSN + centre_CLN[concept, :, None]))
         write_store(root, shards)
-        emit_table(add_statistics(root), tau=2.5, top_fraction=0.3, salience="mean_abs", reporter=Silent())
+        emit_table(add_statistics(root), RangesSection(), Silent())
     return Store(str(root))
 
 

@@ -180,7 +180,7 @@ def test_figures__draw_the_ranges_of_the_best_table_that_was_evaluated(tmp_path,
         for i, (table, target) in enumerate(zip(tables, (0.3, 0.6), strict=True))
     ]
     put_sweep(tmp_path / "store", settings)
-    put_sweep(tmp_path / "store", [settings[0] | {"drops": (0.4, 0.1, 0.1)}], name="sweep.2", bare=0.8)
+    put_sweep(tmp_path / "store", [settings[0] | {"drops": (0.4, 0.1, 0.1)}], name="sweep.2", texts_hash="b")
     assert bands(monkeypatch, store, tmp_path / "drawn")[0] == {tables[1].id}
     asked, ranges = bands(monkeypatch, store, tmp_path / "drawn", table=tables[0].id)
     assert asked == {tables[0].id}
@@ -216,8 +216,8 @@ def test_comparisons__hold_evaluations_of_the_same_texts_together(tmp_path):
     write_report_store(root, arrays(["a", "b"], n_layers=1), with_statistics=False)
     put_sweep(root, TAUS)
     budgets = [{"method": "budget", "tau": None, "budget": b, "drops": (b, b / 10, b)} for b in (0.1, 0.3)]
-    put_sweep(root, budgets, name="sweep.000000000002", bare=0.9 + 1e-7)
-    put_sweep(root, budgets, name="sweep.000000000003", bare=0.8)
+    put_sweep(root, budgets, name="sweep.000000000002")
+    put_sweep(root, budgets, name="sweep.000000000003", texts_hash="b")
     store = Store(str(root))
     with connect(store.file_lists()) as con:
         sets = text_sets(run_file(con, "report_sweeps").to_pylist())
@@ -234,8 +234,8 @@ def test_comparisons__hold_evaluations_of_the_same_texts_together(tmp_path):
 
 def test_figures__of_several_sets_of_texts_have_names_of_their_own(tmp_path):
     store = write_report_store(tmp_path / "store", arrays(["a", "b"], n_layers=1))
-    for i, bare in enumerate((0.9, 0.8)):
-        put_sweep(tmp_path / "store", TAUS, name=f"sweep.{i}", bare=bare)
+    for i, texts_hash in enumerate("ab"):
+        put_sweep(tmp_path / "store", TAUS, name=f"sweep.{i}", texts_hash=texts_hash)
     found = write_figures(store, tmp_path / "drawn", forms=["png"])
     files = [file.name for one in found.drawn for file in one.files]
     assert len(set(files)) == len(files)

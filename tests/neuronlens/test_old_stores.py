@@ -16,6 +16,7 @@ import pytest
 from neuronlens.errors import UsageError
 from neuronlens.query import connect
 from neuronlens.ranges import RangeTable
+from neuronlens.recipe import RangesSection
 from neuronlens.store import FORMAT_VERSION, Store
 from pipeline.driver import Silent
 from pipeline.emit import emit_table
@@ -168,14 +169,14 @@ def test_version_1__loads_its_range_table_by_its_id():
 
 
 def test_version_1__gives_the_same_table_for_the_same_question(copy):
-    assert emit_table(Store(str(copy)), tau=2.5, top_fraction=0.3, salience="mean_abs", reporter=Silent()).id == TABLE
+    assert emit_table(Store(str(copy)), RangesSection(), Silent()).id == TABLE
 
 
 def test_version_1__says_how_to_get_the_salience_that_it_does_not_hold(copy):
     with pytest.raises(
         UsageError, match=r"by mean_abs, cohens_d, selectivity; 'f_ratio' is not.*python -m jobs\.statistics"
     ):
-        emit_table(Store(str(copy)), tau=2.5, top_fraction=0.3, salience="f_ratio", reporter=Silent())
+        emit_table(Store(str(copy)), RangesSection(salience="f_ratio"), Silent())
 
 
 def test_ranges__say_what_a_method_needs_that_statistics_of_today_do_not_hold(copy):
@@ -183,7 +184,7 @@ def test_ranges__say_what_a_method_needs_that_statistics_of_today_do_not_hold(co
         receipt = json.loads(path.read_text())
         path.write_text(json.dumps(receipt | {"salience": ["mean_abs", "f_ratio"]}))
     with pytest.raises(UsageError, match=r"by mean_abs, f_ratio; 'selectivity' is not.*needs.*two concepts or more"):
-        emit_table(Store(str(copy)), tau=2.5, top_fraction=0.3, salience="selectivity", reporter=Silent())
+        emit_table(Store(str(copy)), RangesSection(salience="selectivity"), Silent())
 
 
 def test_version_1__gets_what_is_new_by_making_its_statistics_again(copy):
@@ -192,8 +193,8 @@ def test_version_1__gets_what_is_new_by_making_its_statistics_again(copy):
     compute_statistics_here(store, tau=2.5, memory_limit=None, on_done=receipts.append)
     assert len(receipts) == 4
     assert store.faults() == []
-    assert emit_table(store, tau=2.5, top_fraction=0.3, salience="f_ratio", reporter=Silent()).rows.num_rows == 36
-    assert emit_table(store, tau=2.5, top_fraction=0.3, salience="mean_abs", reporter=Silent()).id == TABLE
+    assert emit_table(store, RangesSection(salience="f_ratio"), Silent()).rows.num_rows == 36
+    assert emit_table(store, RangesSection(), Silent()).id == TABLE
     with connect(store.file_lists(), fs=store.fs, threads=1) as con:
         assert con.sql("select count(*) from quantiles").fetchall() == [(144,)]
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from jobs.ranges import app as ranges_job
 from neuronlens.cli import app, main
 from neuronlens.errors import NeuronLensError, RunFailed, UsageError
+from neuronlens.recipe import RangesSection
 from neuronlens.store import Store
 from pipeline.driver import Silent
 from pipeline.emit import emit_table, publish_table
@@ -31,7 +32,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def table(store: str):
-    return emit_table(Store(store), tau=2.5, top_fraction=0.5, salience="mean_abs", reporter=Silent())
+    return emit_table(Store(store), RangesSection(top_fraction=0.5), Silent())
 
 
 @pytest.fixture

@@ -236,14 +236,13 @@ def test_report_sweeps__are_the_means_with_their_settings_in_order(tmp_path):
 
 def test_report_sweeps__number_the_sets_of_texts_that_evaluations_share(tmp_path):
     store = write_report_store(tmp_path / "store", arrays(["a", "b"], n_layers=1))
-    sets = {"s.1": (0.9, 100), "s.2": (0.9 + 1e-6, 100), "s.3": (0.89, 100), "s.4": (0.9, 200), "s.5": (None, 100)}
-    for name, (bare, n_texts) in (sets | {"s.6": (None, 100)}).items():
-        put_sweep(tmp_path / "store", [{"drops": (0.4, 0.1, 0.2)}], name=name, bare=bare, n_texts=n_texts)
-    put_sweep(tmp_path / "store", [{"drops": (0.4, 0.1, 0.2)}], name="s.7", concepts=["a"], n_texts=100)
+    sets = {"s.1": ("a", 100), "s.2": ("a", 100), "s.3": ("b", 100), "s.4": ("c", 200), "s.5": (None, 100)}
+    for name, (texts_hash, n_texts) in (sets | {"s.6": (None, 100)}).items():
+        put_sweep(tmp_path / "store", [{"drops": (0.4, 0.1, 0.2)}], name=name, texts_hash=texts_hash, n_texts=n_texts)
     with connect(store.file_lists()) as con:
         texts = {row["evaluation_id"]: row["texts"] for row in rows(con, "report_sweeps")}
     assert texts["s.1"] == texts["s.2"]
-    assert sorted(texts.values()) == [1, *[2] * 2, 3, 4, 5, 6]
+    assert sorted(texts.values()) == [1, *[2] * 2, 3, 4, 5]
     assert texts["s.4"] == 1
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from neuronlens.errors import UsageError
 from neuronlens.query import connect
+from neuronlens.recipe import RangesSection
 from neuronlens.report import erasure_table, sweep_table
 from neuronlens.store import Store
 from neuronlens.sweep import parse_grid
@@ -46,7 +47,7 @@ def asked(place, tmp_path_factory):
     run_here(place, folder / "store", test=None, collect=collect)
     patch.undo()
     store = Store(str(folder / "store"))
-    emit_table(store, tau=2.5, top_fraction=0.3, salience="mean_abs", reporter=Silent())
+    emit_table(store, RangesSection(), Silent())
     made = recipe(place, collect=collect, test={**test, "multiple_choice": str(folder / "questions.jsonl")})
     return made, store
 
@@ -93,7 +94,7 @@ def test_evaluate_sweep__has_every_setting_concept_and_condition(swept):
 
 def test_evaluate_sweep__gives_what_an_evaluation_of_each_setting_gives(asked, swept):
     made, store = asked
-    table = emit_table(store, tau=1.0, top_fraction=0.6, salience="mean_abs", reporter=Silent())
+    table = emit_table(store, RangesSection(tau=1.0, top_fraction=0.6), Silent())
     plain = evaluate_table(made, store, table, Silent())
     of_sweep = [row for row in swept[0] if row["setting"] == 3]  # tau 1, 0.6, all layers
     kept = {(row["concept"], row["condition"]): row for row in of_sweep}
@@ -145,6 +146,23 @@ def test_evaluate_table__with_controls_is_another_evaluation(asked, swept):
         )
 
 
+def test_evaluations__of_the_same_texts_share_their_hash(asked, swept):
+    made, store = asked
+    fewer = {"test": made.test.model_copy(update={"off_task": None, "multiple_choice": None})}
+    table = table_of_recipe(store, made)
+    for changes in (fewer, {"test": made.test.model_copy(update={"max_per_concept": 3})}):
+        evaluate_table(made.model_copy(update=changes), store, table, Silent(), perplexity=False)
+    with connect(store.file_lists(), fs=store.fs) as con:
+        found = con.sql(
+            "select n_texts, count(distinct texts_hash) from evaluations group by all order by all"
+        ).fetchall()
+        [(n_evaluations,)] = con.sql(
+            "select count(distinct evaluation_id) from evaluations where n_texts = 30"
+        ).fetchall()
+    assert found == [(9, 1), (30, 1)]
+    assert n_evaluations >= 2
+
+
 def test_evaluate__refuses_before_it_loads_anything(asked, place, tmp_path):
     made, store = asked
     table = table_of_recipe(store, made)
@@ -186,7 +204,7 @@ def test_only_correct__gives_ranges_of_the_texts_that_were_answered_right(place,
         root = tmp_path / str(only_correct)
         run_here(place, root, test=None, data={"answers": answers, "only_correct": only_correct})
         store = Store(str(root))
-        tables[only_correct] = emit_table(store, tau=2.0, top_fraction=1.0, salience="mean_abs", reporter=Silent())
+        tables[only_correct] = emit_table(store, RangesSection(tau=2.0, top_fraction=1.0), Silent())
     store = Store(str(tmp_path / "False"))
     with connect(store.file_lists(), fs=store.fs) as con:
         expected = con.sql(

@@ -9,6 +9,7 @@ import pytest
 from neuronlens.programs import Edit
 from neuronlens.query import connect, run_file
 from neuronlens.ranges import RangeTable
+from neuronlens.recipe import RangesSection
 from neuronlens.store import Store
 from neuronlens.sweep import Setting
 from pipeline.driver import Silent
@@ -40,7 +41,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def table(store: Store) -> RangeTable:
-    return emit_table(store, tau=2.0, top_fraction=0.5, salience="mean_abs", reporter=Silent())
+    return emit_table(store, RangesSection(tau=2.0, top_fraction=0.5), Silent())
 
 
 def test_shuffled_moments__are_those_of_labels_dealt_out_by_a_hash(store: Store) -> None:

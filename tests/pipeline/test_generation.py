@@ -9,6 +9,7 @@ import torch
 from neuronlens.errors import UsageError
 from neuronlens.programs import Edit
 from neuronlens.ranges import RangeTable
+from neuronlens.recipe import RangesSection
 from neuronlens.store import Store
 from pipeline import generation
 from pipeline.driver import Silent
@@ -33,7 +34,7 @@ def store(place, tmp_path_factory) -> Store:
 
 @pytest.fixture(scope="module")
 def table(store) -> RangeTable:
-    return emit_table(store, tau=2.0, top_fraction=0.5, salience="mean_abs", reporter=Silent())
+    return emit_table(store, RangesSection(tau=2.0, top_fraction=0.5), Silent())
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 
 from neuronlens.errors import UsageError
 from neuronlens.ranges import PIECES_SCHEMA, RangeTable
+from neuronlens.recipe import RangesSection
 from pipeline.driver import Silent
 from pipeline.emit import emit_table
 from tests.synthetic_store import Shard, add_statistics, write_store
@@ -40,8 +41,8 @@ def store(tmp_path_factory):
 
 
 def table_by(store, method: str, **changes) -> RangeTable:
-    asked = {"tau": 2.5, "top_fraction": 1.0, "salience": "mean_abs", "method": method, "options": METHODS[method]}
-    return emit_table(store, **{**asked, **changes}, reporter=Silent())
+    asked = {"top_fraction": 1.0, "method": method, **METHODS[method], **changes}
+    return emit_table(store, RangesSection(**asked), Silent())
 
 
 def others(concept: str, layer: int, neuron: int) -> np.ndarray:
@@ -105,20 +106,20 @@ def test_budget__gives_more_of_the_concept_than_any_single_penalty_within_it(sto
 
     gained, spent = totals(table_by(store, "budget"))
     for penalty in (1.0, 2.0, 4.0, 8.0):
-        other_gained, other_spent = totals(table_by(store, "likelihood_ratio", options={"penalty": penalty}))
+        other_gained, other_spent = totals(table_by(store, "likelihood_ratio", penalty=penalty))
         assert other_spent > spent or other_gained <= gained * 1.02
 
 
 def test_pieces__are_of_the_salient_neurons_alone(store):
     table = table_by(store, "hpd", top_fraction=0.25)
     assert set(table.rows["rank"].to_pylist()) == {1, 2, 3}
-    paper = emit_table(store, tau=2.5, top_fraction=0.25, salience="mean_abs", reporter=Silent())
+    paper = emit_table(store, RangesSection(top_fraction=0.25), Silent())
     assert set(of_neurons(table)) == set(of_neurons(paper))
 
 
 def test_pieces__give_the_same_table_again_and_another_for_other_options(store):
     assert table_by(store, "hpd").id == table_by(store, "hpd").id
-    assert table_by(store, "hpd").id != table_by(store, "hpd", options={"mass": 0.7}).id
+    assert table_by(store, "hpd").id != table_by(store, "hpd", mass=0.7).id
 
 
 def test_pieces__without_histograms_are_refused_with_the_way_to_them(tmp_path):

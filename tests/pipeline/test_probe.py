@@ -8,6 +8,7 @@ import pytest
 
 from neuronlens.errors import UsageError
 from neuronlens.lens import Lens
+from neuronlens.recipe import RangesSection
 from neuronlens.store import Store
 from pipeline.clean import orphans
 from pipeline.driver import Silent
@@ -61,13 +62,13 @@ def test_make_probes__rank_the_neuron_that_tells_a_concept_first(store):
 
 
 def test_emit_table__trains_what_salience_probe_needs_once(store):
-    table = emit_table(store, tau=2.5, top_fraction=0.2, salience="probe", reporter=Silent())
+    table = emit_table(store, RangesSection(top_fraction=0.2, salience="probe"), Silent())
     top = {(row["concept"], row["layer"]): row["neuron"] for row in table.rows.to_pylist()}
     assert {concept: neuron for (concept, layer), neuron in top.items() if layer == 0} == {
         concept: k for k, concept in enumerate(CONCEPTS)
     }
     files = sorted(store.names("salience"))
-    assert emit_table(store, tau=2.5, top_fraction=0.2, salience="probe", reporter=Silent()).id == table.id
+    assert emit_table(store, RangesSection(top_fraction=0.2, salience="probe"), Silent()).id == table.id
     assert sorted(store.names("salience")) == files
     assert store.faults() == []
     assert orphans(store) == []

@@ -15,7 +15,7 @@ from neuronlens.cli import app
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.models import load_model
 from neuronlens.query import connect
-from neuronlens.recipe import parse_recipe
+from neuronlens.recipe import RangesSection, parse_recipe
 from neuronlens.store import Store
 from pipeline import recut as module
 from pipeline.collect import CollectSpec, collect_shard
@@ -195,7 +195,7 @@ def test_recut__describes_what_it_made(store, new):
 
 def test_recut__leaves_a_store_that_all_commands_take(store, new, tmp_path):
     recut(store, new, where="n_tokens < 20")
-    table = emit_table(new, tau=2.5, top_fraction=0.5, salience="mean_abs", reporter=Silent())
+    table = emit_table(new, RangesSection(top_fraction=0.5), Silent())
     assert set(table.concepts) == set(ODD)
     newer = Store(str(tmp_path / "newer"))
     made = recut(new, newer, where="n_tokens < 12", shards="shard >= 2")
@@ -430,7 +430,7 @@ def test_recut__goes_on_where_it_was_killed(undisturbed, step, new, monkeypatch)
     monkeypatch.undo()
     assert not new.receipts("statistics")
     with pytest.raises(UsageError):
-        emit_table(new, tau=2.5, top_fraction=0.5, salience="mean_abs", reporter=Silent())
+        emit_table(new, RangesSection(top_fraction=0.5), Silent())
     kept = {path: path.stat().st_mtime_ns for path in Path(new.root).glob("commits/*.json")}
     if step == "write_plan":
         assert not kept

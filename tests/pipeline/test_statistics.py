@@ -17,7 +17,7 @@ from scipy import stats
 
 from neuronlens.errors import RunFailed, UsageError
 from neuronlens.query import connect
-from neuronlens.recipe import OverlapSection, parse_recipe
+from neuronlens.recipe import OverlapSection, RangesSection, parse_recipe
 from neuronlens.store import Store
 from pipeline import statistics
 from pipeline.coverage import coverage_of
@@ -293,8 +293,8 @@ def test_compute_statistics_here__upgrades_a_store_of_past_days(tmp_path):
     }
     assert len(upgraded["histograms"]) == len(upgraded["distributions"]) == 4
     assert set(upgraded["histograms"]).isdisjoint(upgraded["shard_histograms"])
-    assert emit_table(store, tau=2.5, top_fraction=0.3, salience="mean_abs", reporter=Silent()).id == table
-    assert emit_table(store, tau=2.5, top_fraction=0.3, salience="f_ratio", reporter=Silent()).id != table
+    assert emit_table(store, RangesSection(), Silent()).id == table
+    assert emit_table(store, RangesSection(salience="f_ratio"), Silent()).id != table
 
 
 @pytest.mark.slow

@@ -556,7 +556,7 @@ def swept(tmp_path_factory):
     put_sweep(root, taus, concepts=CONCEPTS, controls={"random": (0.125, 0.25)})
     others = [{"method": "hpd", "tau": None, "mass": 0.5, "action": "others", "drops": (0.6, -0.004, 0.1)}]
     put_sweep(root, others, concepts=CONCEPTS, name="sweep.000000000002")
-    put_sweep(root, taus[:1], concepts=CONCEPTS, name="sweep.000000000003", bare=0.5, n_texts=30)
+    put_sweep(root, taus[:1], concepts=CONCEPTS, name="sweep.000000000003", bare=0.5, n_texts=30, texts_hash="b")
     return store
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from neuronlens.query import connect, run_file
-from neuronlens.recipe import OverlapSection
+from neuronlens.recipe import OverlapSection, RangesSection
 from neuronlens.serving import card_blocks, cards
 from neuronlens.serving.app import create_app
 from neuronlens.serving.auth import Keys
@@ -77,7 +77,7 @@ def fresh(monkeypatch):
 
 
 def emit(store: Store, tau: float = 2.5) -> str:
-    return emit_table(store, tau=tau, top_fraction=TOP, salience="mean_abs", reporter=Silent()).id
+    return emit_table(store, RangesSection(tau=tau, top_fraction=TOP), Silent()).id
 
 
 @contextlib.contextmanager
