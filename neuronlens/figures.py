@@ -47,6 +47,8 @@ from neuronlens.labels import short
 N_STEPS = 96
 """Into how many steps the axis of a neuron's values is cut."""
 
+_ROW_PX = 26
+"""Of a concept with a mark per condition."""
 _EMPTY, _NONE = "#ececec", "#d5d5d5"
 _MAP = "YlGnBu"
 
@@ -354,31 +356,72 @@ def conditions(
 ) -> Figure:
     """A row per concept, a mark per condition. Shares have the axis 0 to 1, other numbers one of their own."""
     rows = [short(concept) for concept in concepts]
-    left, top, row_px = names_px(rows), 52, 26
-    figure = sheet(WIDTH, top + row_px * len(rows) + 42)
+    left, top = names_px(rows), 52
+    figure = sheet(WIDTH, top + _ROW_PX * len(rows) + 42)
     write_title(figure, title)
-    axes = axes_at(figure, left, top, WIDTH - left - 14, row_px * len(rows))
-    axes.set(ylim=(len(rows), 0), yticks=[], xlabel=unit)
-    axes.spines["left"].set_visible(False)
-    axes.grid(axis="x", color=GRID, linewidth=0.5)
-    axes.set_axisbelow(True)
+    axes = axes_at(figure, left, top, WIDTH - left - 14, _ROW_PX * len(rows))
+    axes.set_xlabel(unit)
     if share:
         axes.set_xlim(-0.02, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         log_where_it_spans_decades(axes, "x", np.concatenate([one.value_C for one in measured]))
-    for i, name in enumerate(rows):
+    _name_rows(axes, rows)
+    _draw_conditions(axes, measured)
+    _marks(figure, [(one.condition, one.name) for one in measured], 10, 34)
+    return figure
+
+
+@styled
+def conditions_beside(
+    concepts: Sequence[str],
+    panels: Mapping[str, Sequence[Measured]],
+    *,
+    title: str,
+    unit: str,
+    n_apart: int = 0,
+) -> Figure:
+    """A row per concept, a mark per condition, in panels side by side: shares of several kinds, each under its heading.
+    The last `n_apart` rows stand below a line."""
+    rows = [short(concept) for concept in concepts]
+    left, top, gap = names_px(rows), 68, 18
+    figure = sheet(WIDTH, top + _ROW_PX * len(rows) + 42)
+    write_title(figure, title)
+    width = (WIDTH - left - 14 - gap * (len(panels) - 1)) / len(panels)
+    for k, (heading, measured) in enumerate(panels.items()):
+        axes = axes_at(figure, left + k * (width + gap), top, width, _ROW_PX * len(rows))
+        axes.set_title(heading, loc="left", pad=5, fontsize=TEXT_PT)
+        axes.set_xlabel(unit)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
+        _name_rows(axes, rows if k == 0 else [""] * len(rows))
+        _draw_conditions(axes, measured)
+        if n_apart:
+            axes.axhline(len(rows) - n_apart, color=PALE_INK, linewidth=0.6)
+    _marks(figure, [(one.condition, one.name) for one in next(iter(panels.values()))], 10, 34)
+    return figure
+
+
+def _name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Rows from the top, each with its name on the left and a pale line through its middle."""
+    axes.set(ylim=(len(names), 0), yticks=[])
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", color=GRID, linewidth=0.5)
+    axes.set_axisbelow(True)
+    for i, name in enumerate(names):
         write_beside(axes, -8, i + 0.5, name, ha="right")
         axes.axhline(i + 0.5, color=GRID, linewidth=0.5, zorder=0)
+
+
+def _draw_conditions(axes: Axes, measured: Sequence[Measured]) -> None:
+    """In every row a mark per condition, one below the other, with its interval."""
     for k, one in enumerate(measured):
         colour, marker = CONDITIONS.get(one.condition, (PALETTE[k % len(PALETTE)], "^"))
-        y = np.arange(len(rows)) + 0.5 + 0.2 * (k - (len(measured) - 1) / 2)
+        y = np.arange(len(one.value_C)) + 0.5 + 0.2 * (k - (len(measured) - 1) / 2)
         if one.low_C is not None and one.high_C is not None:
             axes.hlines(y, one.low_C, one.high_C, color=colour, linewidth=1.2, alpha=0.6)
         axes.plot(one.value_C, y, linestyle="", marker=marker, color=colour, markersize=4.6, label=one.name)
-    _marks(figure, [(one.condition, one.name) for one in measured], 10, 34)
-    return figure
 
 
 @styled

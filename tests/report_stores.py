@@ -165,6 +165,80 @@ def put_sweep(
     (root / "evaluations" / f"{name}.json").write_text(json.dumps({**content, "rows": rows}), encoding="utf-8")
 
 
+def put_generation(
+    root: Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    name: str = "tbl_0.000",
+    classifier: str = "org/judge",
+    n_prompts: int = 90,
+    n_tokens: int = 32,
+    temperature: float = 0.0,
+    **edit: Any,
+) -> None:
+    """What was written, as `pipeline.generation` keeps it; a row is generation_row's."""
+    (root / "generations").mkdir(exist_ok=True)
+    asked = {"classifier": classifier, "n_tokens": n_tokens, "prompt_tokens": 8, "temperature": temperature, "seed": 0}
+    content = {
+        "table": "tbl_0000000000000000",
+        "edit": {"action": "zero", **edit},
+        "generation": asked,
+        "coverage": {},
+        "n_prompts": n_prompts,
+        "n_passes": 5,
+        "rows": list(rows),
+    }
+    (root / "generations" / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def generation_row(
+    concept: str | None,
+    condition: str,
+    target: float,
+    others: float | None,
+    *,
+    bare: tuple[float, float] | None = None,
+    prompt: str = "i feel",
+    continuation: str = "",
+    **more: Any,
+) -> dict:
+    """Probabilities of the target and of the others, an interval of 0.1 to both sides; drops from those of the `bare`
+    model, with one of 0.02, and none for base. One example, none where the concept is None: a mean."""
+    row: dict[str, Any] = {"concept": concept, "condition": condition, "n_target": 30, "n_complement": 60}
+    lost = (None, None) if bare is None or others is None else (bare[0] - target, bare[1] - others)
+    reaches: dict[str, tuple[float | None, float]] = {
+        "target_probability": (target, 0.1),
+        "complement_probability": (others, 0.1),
+        "target_drop": (lost[0], 0.02),
+        "complement_drop": (lost[1], 0.02),
+        "selectivity": (None if lost[0] is None or lost[1] is None else lost[0] - lost[1], 0.02),
+        "target_share": (target, 0.1),
+        "complement_share": (others, 0.1),
+    }
+    for key, (value, reach) in reaches.items():
+        ends = (None, None) if value is None else (value - reach, value + reach)
+        row |= {key: value, f"{key}_low": ends[0], f"{key}_high": ends[1]}
+    changed = 0 if condition == "base" else 40
+    row |= {"perplexity": 7.25, "distinct_2": 0.875, "n_tokens": 31.5}
+    row |= {"tested": 100, "changed": changed, "changed_share": changed / 100}
+    example = {"prompt": prompt, "continuation": continuation, "probability": target}
+    return row | {"examples": [] if concept is None else [example]} | more
+
+
+def generation_rows(concepts: Sequence[str], **more: Any) -> list[dict]:
+    """Those of all concepts and conditions, then the means. What ranges leave of the target is 0.2, 0.3, ... of 0.9."""
+    rows = []
+    for condition, target, others in (("base", 0.9, 0.8), ("neuron", 0.1, 0.3), ("range", 0.2, 0.7)):
+        bare = None if condition == "base" else (0.9, 0.8)
+        targets = [target + (0.1 * (k % 6) if condition == "range" else 0.0) for k in range(len(concepts))]
+        rows += [
+            generation_row(c, condition, p, others, bare=bare, continuation=f"{c} {condition}", **more)
+            for c, p in zip(concepts, targets, strict=True)
+        ]
+        rows.append(generation_row(None, condition, sum(targets) / len(targets), others, bare=bare, **more))
+    return sorted(rows, key=lambda row: row["concept"] is None)
+
+
 def put_quarantine(root: Path, shard: int, concept: str, reason: str) -> None:
     (root / "quarantine").mkdir(exist_ok=True)
     receipt = {"shard": shard, "concept": concept, "reasons": ["first", "second", reason], "samples": [1], "rows": [1]}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from neuronlens import figures
 from neuronlens.errors import UsageError
-from neuronlens.page import erasure, gaussianity, neurons, overlap, run, salience, sweeps, timing
+from neuronlens.page import erasure, gaussianity, generations, neurons, overlap, run, salience, sweeps, timing
 from neuronlens.page.desk import MAX_CONCEPTS, Desk, Rows, count, percent
 from neuronlens.page.elements import Page, Tile, render
 from neuronlens.page.erasure import Evaluation, evaluations_of
@@ -90,6 +90,7 @@ def page_of(con: "duckdb.DuckDBPyConnection", facts: Facts) -> Page:
                 neurons.section(desk),
                 erasure.section(desk, evaluations),
                 sweeps.section(desk),
+                generations.section(desk),
                 timing.section(desk),
             )
             if section is not None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from neuronlens import figures
+from neuronlens.labels import printable
 from neuronlens.page.elements import Draughtsman, Drawing, Part, Query
 from neuronlens.page.facts import Facts
 from neuronlens.query import run_file
@@ -54,6 +55,13 @@ class Desk:
         return (
             f"{len(self.shown)} of {len(self.facts.concepts)} concepts are drawn: those that overlap most with others."
         )
+
+    def drawable(self, concepts: Sequence[str]) -> tuple[list[str], str]:
+        """Those of an evaluation's concepts that a figure has room for, and a note where these are not all."""
+        if len(concepts) <= MAX_CONCEPTS:
+            return list(concepts), ""
+        drawn = [concept for concept in concepts if concept in self.shown] or list(concepts[:MAX_CONCEPTS])
+        return drawn, f"{len(drawn)} of {len(concepts)} concepts are drawn; the table has all."
 
     @property
     def no_pairs(self) -> str:
@@ -140,6 +148,12 @@ def layers_text(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
+def excerpt(text: str, n_characters: int) -> str:
+    """The text in one line, cut at so many characters with an ellipsis."""
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= n_characters else text[: n_characters - 1].rstrip() + "…"
+
+
 def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
@@ -157,3 +171,10 @@ def decimal(value: float | None, digits: int = 2) -> str:
     if value is None or math.isnan(value):
         return "–"
     return f"{round(value, digits) + 0.0:,.{digits}f}".replace("-", "−")
+
+
+def with_interval(row: Mapping[str, Any], column: str) -> str:
+    """A number of three digits with the ends of its 95 % interval, where the row has them."""
+    low, high = row[f"{column}_low"], row[f"{column}_high"]
+    ends = "" if low is None or high is None else f" ({decimal(low)} to {decimal(high)})"
+    return decimal(row[column], 3) + ends

@@ -31,12 +31,14 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows of text. `numbers` are the columns that stand to the right; `colours` paint a mark before a row; a table
-    that `wraps` is never wider than the page, others scroll in a box of their own."""
+    """Rows of text. `numbers` are the columns that stand to the right, `texts` those of whole sentences, which get room
+    to be read; `colours` paint a mark before a row; a table that `wraps` is never wider than the page, others scroll in
+    a box of their own."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     numbers: frozenset[int] = frozenset()
+    texts: frozenset[int] = frozenset()
     colours: tuple[str, ...] = ()
     caption: str = ""
     wraps: bool = False
@@ -49,6 +51,7 @@ class Table:
             columns=tuple(self.columns[i] for i in kept),
             rows=tuple(tuple(row[i] for i in kept) for row in self.rows),
             numbers=frozenset(place for place, i in enumerate(kept) if i in self.numbers),
+            texts=frozenset(place for place, i in enumerate(kept) if i in self.texts),
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from neuronlens import figures
 from neuronlens.canvas import CONDITION_NAMES
 from neuronlens.figures import Measured
-from neuronlens.page.desk import MAX_CONCEPTS, Desk, decimal, layers_text, number, percent
+from neuronlens.page.desk import Desk, decimal, layers_text, number, percent
 from neuronlens.page.elements import Drawing, Part, Query, Section, Table
 from neuronlens.page.facts import Facts
 
@@ -24,20 +24,21 @@ _QUERIES = (Query(name="report_evaluations"),)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One file of evaluations/: what was done, and a row per concept and condition."""
+    """One file of evaluations/ or generations/: what was done, and a row per concept and condition; rows of means have
+    the concept None."""
 
     title: str
     rows: Sequence[Mapping[str, Any]]
 
     @property
     def concepts(self) -> list[str]:
-        return list(dict.fromkeys(row["concept"] for row in self.rows))
+        return list(dict.fromkeys(row["concept"] for row in self.rows if row["concept"] is not None))
 
     @property
     def conditions(self) -> list[str]:
         return list(dict.fromkeys(row["condition"] for row in self.rows))
 
-    def numbers(self, condition: str, column: str, concepts: Sequence[str]) -> np.ndarray:
+    def numbers(self, condition: str, column: str, concepts: Sequence[str | None]) -> np.ndarray:
         """A number per concept; NaN where it was not measured."""
         found = {row["concept"]: row.get(column) for row in self.rows if row["condition"] == condition}
         return np.array([number(found.get(concept)) for concept in concepts])
@@ -49,6 +50,20 @@ class Evaluation:
 
     def has(self, column: str) -> bool:
         return any(row.get(column) is not None for row in self.rows)
+
+    def measured(self, column: str, concepts: Sequence[str | None]) -> list[Measured]:
+        """The column under every condition, with its intervals where it has any."""
+        has_interval = self.has(f"{column}_low")
+        return [
+            Measured(
+                condition=condition,
+                name=CONDITION_NAMES.get(condition, condition),
+                value_C=self.numbers(condition, column, concepts),
+                low_C=self.numbers(condition, f"{column}_low", concepts) if has_interval else None,
+                high_C=self.numbers(condition, f"{column}_high", concepts) if has_interval else None,
+            )
+            for condition in self.conditions
+        ]
 
 
 def evaluations_of(facts: Facts) -> list[Evaluation]:
@@ -80,23 +95,23 @@ def section(desk: Desk, evaluations: Sequence[Evaluation]) -> Section:
     )
 
 
-def _title(evaluation: Mapping[str, Any]) -> str:
-    edit = evaluation.get("edit", {})
+def edit_text(edit: Mapping[str, Any]) -> str:
+    """What was done, and where, in words."""
     numbers = [
         f"{key} {edit[key]:g}" for key in ("factor", "value", "tau", "top_fraction") if edit.get(key) is not None
     ]
     where = [f"layers {layers_text(edit['layers'])}"] if edit.get("layers") else []
     where += [", ".join(edit["hook_points"])] if edit.get("hook_points") else []
-    what = ", ".join([f"action {edit.get('action', 'zero')}", *numbers, *where])
-    return f"{evaluation['table']}: {what}, {evaluation.get('n_texts', 0):,} test texts"
+    return ", ".join([f"action {edit.get('action', 'zero')}", *numbers, *where])
+
+
+def _title(evaluation: Mapping[str, Any]) -> str:
+    done = edit_text(evaluation.get("edit", {}))
+    return f"{evaluation['table']}: {done}, {evaluation.get('n_texts', 0):,} test texts"
 
 
 def _part(desk: Desk, evaluation: Evaluation) -> Part:
-    every = evaluation.concepts
-    concepts, cut = every, ""
-    if len(every) > MAX_CONCEPTS:
-        concepts = [concept for concept in every if concept in desk.shown] or every[:MAX_CONCEPTS]
-        cut = f"{len(concepts)} of {len(every)} concepts are drawn; the table has all."
+    concepts, cut = desk.drawable(evaluation.concepts)
     drawings = [
         *_answers(desk, evaluation, "accuracy", concepts),
         *_answers(desk, evaluation, "confidence", concepts),
@@ -114,8 +129,8 @@ def _part(desk: Desk, evaluation: Evaluation) -> Part:
 def _answers(desk: Desk, evaluation: Evaluation, kind: str, concepts: Sequence[str]) -> list[Drawing]:
     if not evaluation.has(f"target_{kind}"):
         return []
-    target = _measured(evaluation, f"target_{kind}", concepts)
-    others = _measured(evaluation, f"complement_{kind}", concepts)
+    target = evaluation.measured(f"target_{kind}", concepts)
+    others = evaluation.measured(f"complement_{kind}", concepts)
     name, about = kind.capitalize(), _ABOUT[kind]
     drawings = [
         desk.draw(
@@ -142,23 +157,9 @@ def _answers(desk: Desk, evaluation: Evaluation, kind: str, concepts: Sequence[s
 def _perplexity(desk: Desk, evaluation: Evaluation, concepts: Sequence[str]) -> list[Drawing]:
     if not evaluation.has("perplexity"):
         return []
-    measured = _measured(evaluation, "perplexity", concepts)
+    measured = evaluation.measured("perplexity", concepts)
     figure = figures.conditions(concepts, measured, title="Perplexity of the others", unit="perplexity", share=False)
     return [desk.draw(figure, "Perplexity of the other concepts' test texts: further left is better.")]
-
-
-def _measured(evaluation: Evaluation, column: str, concepts: Sequence[str]) -> list[Measured]:
-    has_interval = evaluation.has(f"{column}_low")
-    return [
-        Measured(
-            condition=condition,
-            name=CONDITION_NAMES.get(condition, condition),
-            value_C=evaluation.numbers(condition, column, concepts),
-            low_C=evaluation.numbers(condition, f"{column}_low", concepts) if has_interval else None,
-            high_C=evaluation.numbers(condition, f"{column}_high", concepts) if has_interval else None,
-        )
-        for condition in evaluation.conditions
-    ]
 
 
 def _table(evaluation: Evaluation) -> Table:

@@ -5,8 +5,7 @@ from typing import Any
 
 from neuronlens import figures
 from neuronlens.cards import Card, read_card
-from neuronlens.labels import printable
-from neuronlens.page.desk import Desk, Rows, count
+from neuronlens.page.desk import Desk, Rows, count, excerpt
 from neuronlens.page.elements import Drawing, Part, Query, Section
 
 MAX_BUMPS = 8
@@ -107,9 +106,6 @@ def _texts(desk: Desk, site: Mapping[str, Any]) -> tuple[str, ...]:
     if not desk.facts.has_raw:
         return ()
     rows = desk.rows("top_samples", **site)[:_MAX_TEXTS]
-    return tuple(f"{row['value']:.3g} ({row['concept']}): {_cut(row['text'] or '')}" for row in rows)
-
-
-def _cut(text: str) -> str:
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= _TEXT_CHARACTERS else text[: _TEXT_CHARACTERS - 1].rstrip() + "…"
+    return tuple(
+        f"{row['value']:.3g} ({row['concept']}): {excerpt(row['text'] or '', _TEXT_CHARACTERS)}" for row in rows
+    )

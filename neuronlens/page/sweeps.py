@@ -3,7 +3,7 @@
 import math
 
 from neuronlens.canvas import CONDITION_NAMES
-from neuronlens.page.desk import Desk, decimal, number, percent
+from neuronlens.page.desk import Desk, decimal, number, percent, with_interval
 from neuronlens.page.elements import Part, Query, Section, Table
 from neuronlens.report import setting_cell
 from neuronlens.sweep_lines import CONTROLS, Row, TextSet, differing, text_sets
@@ -77,7 +77,7 @@ def _table(texts: TextSet, rows: list[Row]) -> Table:
                 *(setting_cell(key, row[key], none="–") for key in keys),
                 decimal(row["target_drop"], 3),
                 decimal(row["complement_drop"], 3),
-                _with_interval(row),
+                with_interval(row, "selectivity"),
                 decimal(row["kl_complement"], 4),
                 percent(row["changed_share"]),
                 *(decimal(texts.beside(row).get(condition, {}).get("selectivity"), 3) for condition in compared),
@@ -93,11 +93,6 @@ def _table(texts: TextSet, rows: list[Row]) -> Table:
 
 
 _NAMED = ("hook_points", "salience", "method", "action", "positions")
-
-
-def _with_interval(row: Row) -> str:
-    value, low, high = (row[f"selectivity{end}"] for end in ("", "_low", "_high"))
-    return decimal(value, 3) if low is None else f"{decimal(value, 3)} ({decimal(low)} to {decimal(high)})"
 
 
 def _selectivity(row: Row) -> float:

@@ -282,6 +282,26 @@ def test_conditions__takes_a_logarithmic_axis_for_numbers_over_decades():
     assert figures.conditions(["joy"], near, title="x", unit="perplexity", share=False).axes[0].get_xscale() == "linear"
 
 
+def test_conditions_beside__gives_each_kind_a_panel_over_the_same_rows():
+    target = [_measured("base", 0.9, 0.8, spread=0.05), _measured("range", 0.4, 0.3)]
+    others = [_measured("base", 0.7, 0.6), _measured("range", 0.65, 0.55)]
+    figure = figures.conditions_beside(
+        ["joy", "mean"], {"target": target, "others": others}, title="x", unit="probability", n_apart=1
+    )
+    left, right = figure.axes[:2]
+    assert [axes.get_title(loc="left") for axes in (left, right)] == ["target", "others"]
+    assert left.get_position().x1 < right.get_position().x0
+    assert (left.get_position().y0, left.get_ylim()) == (right.get_position().y0, right.get_ylim())
+    for axes, expected in ((left, {"BASE": [0.9, 0.8], "RANGE": [0.4, 0.3]}), (right, {"RANGE": [0.65, 0.55]})):
+        marks = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+        assert {name: marks[name] for name in expected} == expected
+        assert 1.0 in [line.get_ydata()[0] for line in axes.lines if len(line.get_ydata()) == 2]
+    spans = [path.vertices[:, 0].tolist() for lines in left.collections for path in lines.get_paths()]
+    np.testing.assert_allclose(spans[:2], [[0.85, 0.95], [0.75, 0.85]])
+    written = texts_of(figure)
+    assert [written.count(name) for name in ("joy", "mean", "BASE", "RANGE")] == [1, 1, 1, 1]
+
+
 def test_trade_off__plots_the_losses_against_each_other():
     target = [_measured("base", 0.9), _measured("neuron", 0.2), _measured("range", 0.3)]
     others = [_measured("base", 0.8), _measured("neuron", 0.4), _measured("range", 0.75)]
@@ -317,6 +337,9 @@ def _every_figure() -> dict:
         "pair_map": figures.pair_map(LONG, square, limits=(0, 1), title="layer 31"),
         "layer_map": figures.layer_map(LONG, range(6), square, limits=(0, 1), title="Near-Gaussian share"),
         "conditions": figures.conditions(LONG, pair, title="Accuracy on the target", unit="accuracy"),
+        "conditions_beside": figures.conditions_beside(
+            LONG, {"target": pair, "others": pair}, title="What continuations speak of", unit="probability"
+        ),
         "trade_off": figures.trade_off(pair, pair, unit="confidence"),
         "stacked_bars": figures.stacked_bars(LONG, {"wait for storage": [1e5] * 6}, title="x", unit="seconds"),
     }

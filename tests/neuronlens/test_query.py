@@ -61,6 +61,7 @@ PARAMS = {
     "report_answers": {},
     "report_concepts": {"n_concepts": 9},
     "report_evaluations": {},
+    "report_generations": {},
     "report_gaussianity": {},
     "report_gaussianity_by_concept": {},
     "report_overlap": {"concepts": ["anger", "joy"]},
@@ -72,7 +73,10 @@ PARAMS = {
     "report_sweep_concepts": {"evaluation_id": "sweep.0123456789ab", "setting": 0},
     "report_sweeps": {},
 }
-NOT_HERE = ("report_answers", "report_evaluations", "report_sweep_concepts", "report_sweeps", "neuron_ranges")
+NOT_HERE = (
+    *("report_answers", "report_evaluations", "report_generations", "report_sweep_concepts", "report_sweeps"),
+    "neuron_ranges",
+)
 """Their answer is empty: the store here has neither answers of the model, evaluations nor range tables."""
 
 

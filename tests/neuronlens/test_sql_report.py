@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from neuronlens.query import connect, run_file
-from tests.report_stores import arrays, evaluation_row, put_evaluation, put_sweep, write_report_store
+from tests.report_stores import (
+    arrays,
+    evaluation_row,
+    generation_rows,
+    put_evaluation,
+    put_generation,
+    put_sweep,
+    write_report_store,
+)
 from tests.synthetic_store import bins_of, moments_of
 
 CONCEPTS = ("anger", "it's", "joy", "law")
@@ -258,3 +266,24 @@ def test_report_sweep_concepts__are_those_of_one_setting(tmp_path):
     ]
     drops = {row["concept"]: row["target_drop"] for row in found if row["condition"] == "range"}
     assert drops == pytest.approx({"b": 0.3, "a": 0.1})
+
+
+def test_report_generations__are_the_rows_of_the_files_the_means_after_their_concepts(tmp_path):
+    store = write_report_store(tmp_path / "store", arrays(["a", "b"], n_layers=1))
+    kept = generation_rows(["b", "a"])
+    put_generation(tmp_path / "store", kept[::-1], name="tbl_0.002", action="dampen", factor=0.5, layers=[0])
+    put_generation(tmp_path / "store", kept[:1], name="tbl_0.001", n_prompts=7, classifier="other")
+    with connect(store.file_lists()) as con:
+        found = rows(con, "report_generations")
+    expected = [("tbl_0.002", c, k) for c in ("a", "b", None) for k in ("base", "neuron", "range")]
+    assert [(row["generation_id"], row["concept"], row["condition"]) for row in found] == [
+        *expected,
+        ("tbl_0.001", "b", "base"),
+    ]
+    of_file = {(row["concept"], row["condition"]): row for row in kept}
+    for row in found[:-1]:
+        assert (row["action"], row["factor"], row["layers"], row["n_prompts"]) == ("dampen", 0.5, [0], 90)
+        assert (row["classifier"], row["max_tokens"], row["temperature"]) == ("org/judge", 32, 0.0)
+        for name, value in of_file[row["concept"], row["condition"]].items():
+            assert row[name] == value, name
+    assert (found[-1]["n_prompts"], found[-1]["classifier"]) == (7, "other")

@@ -13,7 +13,9 @@ from tests.report_stores import (
     NASTY,
     arrays,
     evaluation_row,
+    generation_rows,
     put_evaluation,
+    put_generation,
     put_quarantine,
     put_sweep,
     write_report_store,
@@ -93,6 +95,7 @@ def _whole(root: Path):
         concepts=concepts,
         controls=dict.fromkeys(("random", "wrong_concept", "shuffled", "length_matched"), (0.1, 0.2)),
     )
+    put_generation(root, generation_rows(concepts))
     return store
 
 
@@ -111,6 +114,9 @@ def _nasty(root: Path):
         root, [evaluation_row(c, k, 0.5, 0.5, perplexity=p) for c in names for k, p in (("base", 2), ("range", 900))]
     )
     put_sweep(root, [{"tau": tau, "drops": (tau / 10, -2 * tau, tau / 1e5)} for tau in (1e-5, 3.0)], concepts=names)
+    example = {"prompt": "long " * 99, "continuation": "z" * 999, "probability": 0.5}
+    rows = [{**row, "examples": [example], "perplexity": 1e9} for row in generation_rows(names)]
+    put_generation(root, rows, classifier="/a/" + "long/" * 60 + "w" * 200)
     return store
 
 
