@@ -12,6 +12,7 @@ counted from the mask, and pads are masked, or stand after the text where a caus
 import contextlib
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -285,6 +286,20 @@ def _weights(id: str, folder: Path, config: Any, dtype: torch.dtype | Literal["a
             "or name in config.json's architectures the class that was saved."
         )
     return module
+
+
+def import_for_generation() -> None:
+    """Import what loading a decoder imports of transformers, but scikit-learn: transformers takes 2 s for it, where it
+    is installed, because of one option of assisted generation. For processes that are ours alone: transformers takes
+    scikit-learn for missing from then on. We may still import it."""
+    if "sklearn" in sys.modules:
+        return
+    sys.modules["sklearn"] = cast(Any, None)
+    try:
+        import transformers.generation.candidate_generator
+        import transformers.modeling_utils  # noqa: F401
+    finally:
+        del sys.modules["sklearn"]
 
 
 def _skeleton(config: Any, dtype: torch.dtype | Literal["auto"]) -> Any:

@@ -122,10 +122,12 @@ def settings_of(
 
     layers, hook_points: what there is, for `each`. A key that does not apply at a point (tau where the method is not
     paper, factor where nothing is scaled) leaves it as it is, and points that come to the same are one setting. A
+    number of one method alone (tau: paper; penalty: likelihood_ratio) asks for that method where the grid names none. A
     method that chooses neurons by itself chooses among all, unless the grid says top_fraction.
 
     Raises UsageError for a point that cannot be, and for a key that applies nowhere.
     """
+    grid = _with_methods(grid)
     axes = [_each(key, values, layers if key == "layers" else hook_points) for key, values in grid.items()]
     applied: set[str] = set()
     settings = [
@@ -137,6 +139,12 @@ def settings_of(
             f"--sweep {idle[0]} changes nothing at any point of the grid: {_NEEDS.get(idle[0], 'it does not apply')}."
         )
     return list(dict.fromkeys(settings))
+
+
+def _with_methods(grid: Grid) -> Grid:
+    """The grid, with the methods whose numbers it has where it names none."""
+    methods = tuple(dict.fromkeys(_METHOD_OF[key] for key in grid if key in _METHOD_OF))
+    return grid if "method" in grid or not methods else {"method": methods, **grid}
 
 
 def wanted_tables(settings: Sequence[Setting], table: RangeTable) -> list[WantedTable]:
@@ -161,11 +169,11 @@ def _fraction(setting: Setting, table: RangeTable) -> float:
     return table.header.top_fraction if fraction is None else fraction
 
 
+_METHOD_OF = {"tau": PAPER, **{option: method for option, (method, _) in RANGE_OPTIONS.items()}}
 _NEEDS = {
-    "tau": "only method paper has it",
     "factor": "only the actions dampen and adaptive have it",
     "value": "only the action set has it",
-    **{option: f"only method {method} has it" for option, (method, _) in RANGE_OPTIONS.items()},
+    **{key: f"only method {method} has it" for key, method in _METHOD_OF.items()},
 }
 
 

@@ -18,14 +18,14 @@ import torch
 
 from neuronlens.batches import TokenBatch, pad
 from neuronlens.capture import Capture
-from neuronlens.errors import RunFailed
 from neuronlens.histograms import MAX_BIN
 from neuronlens.hookpoints import Site, find_sites
 from neuronlens.models import LoadedModel
 from neuronlens.moments import Moments
 from neuronlens.predictions import AnswerKey, Predictions
 from neuronlens.store import Store, StoredFile, files_of, new_attempt, receipt_of
-from pipeline.plan import Shard, package_versions
+from pipeline.frozen import Shard, read_samples
+from pipeline.plan import package_versions
 
 RAW_ROW_GROUP_ROWS = 262_144
 
@@ -222,18 +222,6 @@ def create_receipt(store: Store, shard: Shard, receipt: dict[str, Any]) -> dict[
     for file in files_of(receipt):
         store.remove(file.path)
     return store.read_json(path)
-
-
-def read_samples(store: Store, shard: Shard) -> pa.Table:
-    """The samples of one shard, in the order in which they run."""
-    table = store.read_parquet(shard.samples_file, shard.row_group)
-    if table.num_rows != shard.n_samples or table["shard"][0].as_py() != shard.shard:
-        raise RunFailed(
-            f"{store.path(shard.samples_file)} holds {table.num_rows} samples of shard {table['shard'][0]} in row "
-            f"group {shard.row_group}; the plan promises {shard.n_samples} of shard {shard.shard}. The plan was "
-            "damaged: start again with a new --store."
-        )
-    return table
 
 
 def batches_of(samples: pa.Table, pad_id: int) -> Iterator[tuple[np.ndarray, TokenBatch]]:

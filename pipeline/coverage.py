@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from neuronlens.store import Store
-from pipeline.plan import load_shards
+from pipeline.frozen import load_shards
 
 
 def coverage_of(store: Store, commits: Sequence[Mapping[str, Any]] | None = None) -> dict[str, int]:

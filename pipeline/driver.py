@@ -16,6 +16,7 @@ import ray
 
 from neuronlens.cluster import ray_cluster
 from neuronlens.errors import RunFailed, UsageError
+from neuronlens.models import import_for_generation
 from neuronlens.programs import Edit
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import Recipe
@@ -25,8 +26,9 @@ from pipeline.coverage import coverage_of
 from pipeline.emit import emit_table
 from pipeline.erasure import evaluate_table
 from pipeline.erasure_texts import check_test
+from pipeline.frozen import Shard
 from pipeline.lease import Lease
-from pipeline.plan import SHARDS_IN_HAND, Plan, Shard, check_room, freeze, make_plan, without_predictions
+from pipeline.plan import SHARDS_IN_HAND, Plan, check_room, freeze, make_plan, without_predictions
 from pipeline.pool import Failure, Pool
 from pipeline.progress import QUARANTINE, CollectProgress
 from pipeline.statistics import compute_statistics, layers_of
@@ -193,7 +195,7 @@ class Driver:
         self.summary.range_table = table.id
         return table
 
-    def evaluate(self, store: Store, table: RangeTable) -> None:
+    def evaluate(self, store: Store, table: RangeTable, spares: Spares | None = None) -> None:
         """What the table erases and spares, where the recipe has a test."""
         if self.recipe.test is not None:
             with self.summary.timed("evaluate"), self._stop.gently():
@@ -204,6 +206,7 @@ class Driver:
                     self.reporter,
                     Edit(action=self.recipe.test.action),
                     stop_requested=lambda: self._stop.requested,
+                    spares=spares,
                 )
 
     def _run_shards(
@@ -247,6 +250,8 @@ class Driver:
             starter = engine_starter(spec) if backend == "vllm" else worker_starter(spec, spares)
             try:
                 with Pool[Shard](start=starter, size=lambda: layout_now().n_workers, depth=SHARDS_IN_HAND) as pool:
+                    if spares is not None:
+                        spares.end()
                     failures = pool.run(todo, lambda actor, shard: actor.collect.remote(shard), progress)
             finally:
                 progress.write("stopped" if self._stop.requested else "collected")
@@ -306,16 +311,13 @@ def run(
         trust_files=trust_files,
         owns_process=owns_process,
     )
-    with driver, contextlib.ExitStack() as stack:
-        with Spares(
-            recipe.compute, recipe.model.backend
-        ) as spares:  # they hold their cores, which the next stages need
-            plan, store = driver.plan(name=name, store_root=store_root)
-            lease = stack.enter_context(driver.holding(store, "neuronlens run"))
+    with driver, Spares(recipe.compute, recipe.model.backend) as spares:
+        plan, store = driver.plan(name=name, store_root=store_root)
+        with driver.holding(store, "neuronlens run") as lease:
             driver.collect(plan, store, lease, spares)
-        driver.statistics(store)
-        table = driver.ranges(store)
-        driver.evaluate(store, table)
+            driver.statistics(store)
+            table = driver.ranges(store)
+            driver.evaluate(store, table, spares)
     return driver.summary
 
 
@@ -334,7 +336,8 @@ def ray_session(n_cpus: int | None = None) -> Iterator[None]:
 def _import_libraries() -> None:
     """Ray needs seconds to start its processes, in which this one waits: time enough to import what the plan needs."""
     import datasets  # noqa: F401
-    import transformers.modeling_utils  # noqa: F401
+
+    import_for_generation()
 
 
 def _begun(plan: Plan, name: str, store_root: str | None, reporter: Reporter) -> tuple[Plan, Store]:

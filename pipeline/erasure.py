@@ -26,7 +26,7 @@ from pipeline.evaluator import MOST_PROGRAM_BYTES, EvaluationJob, EvaluationWork
 from pipeline.plan import TOKENS_PER_BATCH
 from pipeline.pool import Pool, Watcher
 from pipeline.stopping import GRACE_SECONDS
-from pipeline.workers import Layout, WorkerSpec, choose_layout, worker_starter
+from pipeline.workers import Layout, Spares, WorkerSpec, choose_layout, worker_starter
 
 if TYPE_CHECKING:
     from pipeline.driver import Reporter
@@ -101,11 +101,13 @@ def evaluate_table(
     *,
     controls: Sequence[Control] = (),
     perplexity: bool = True,
+    spares: Spares | None = None,
 ) -> list[dict[str, Any]]:
     """A row per concept and condition, then their means; kept in the store, so that the same is not run twice.
 
     `edit` says what is done to the salient neurons, and in which layers; by default all of the table's are zeroed.
-    Gives no rows, and keeps none, where `stop_requested` says so before the end.
+    Gives no rows, and keeps none, where `stop_requested` says so before the end. Takes its workers from `spares` where
+    there are any.
 
     Raises UsageError where the recipe has no test, or its texts do not fit the table; RunFailed where a batch failed.
     """
@@ -117,7 +119,7 @@ def evaluate_table(
         controls=tuple(controls),
         perplexity=perplexity,
     )
-    return _evaluate(recipe, store, asked, reporter, stop_requested)
+    return _evaluate(recipe, store, asked, reporter, stop_requested, spares)
 
 
 def evaluate_sweep(
@@ -151,7 +153,12 @@ def evaluate_sweep(
 
 
 def _evaluate(
-    recipe: Recipe, store: Store, asked: Asked, reporter: "Reporter", stop_requested: Callable[[], bool]
+    recipe: Recipe,
+    store: Store,
+    asked: Asked,
+    reporter: "Reporter",
+    stop_requested: Callable[[], bool],
+    spares: Spares | None = None,
 ) -> list[dict[str, Any]]:
     test, table = recipe.test, asked.table
     if test is None:
@@ -173,7 +180,7 @@ def _evaluate(
     if data.questions is not None and data.questions.n_too_long:
         reporter.say(f"{data.questions.n_too_long:,} questions are longer than the model's window and were left out.")
     plan, columns = _planned(store, asked, reporter)
-    measured = _measure(recipe, store, asked, work_id, plan, data, skeleton, reporter, stop_requested)
+    measured = _measure(recipe, store, asked, work_id, plan, data, skeleton, reporter, stop_requested, spares)
     if measured is None:
         return []
     rows = erasure_rows(
@@ -246,6 +253,7 @@ def _measure(
     skeleton: LoadedModel,
     reporter: "Reporter",
     stop_requested: Callable[[], bool],
+    spares: Spares | None,
 ) -> Measured | None:
     """All passes over all texts, spread over workers by batches; None where a stop was requested before the end."""
     import ray
@@ -278,7 +286,7 @@ def _measure(
     work_ref = ray.put(work)
     with (
         reporter.stage("evaluate", n_texts * plan.n_passes, "texts") as advance,
-        Pool[EvaluationJob](start=worker_starter(spec), size=lambda: layout.n_workers) as pool,
+        Pool[EvaluationJob](start=worker_starter(spec, spares), size=lambda: layout.n_workers) as pool,
     ):
         watcher = Filling(measured, work, on_done=advance, stop_requested=stop_requested)
         failures = pool.run(jobs, lambda actor, job: actor.evaluate.remote(work_ref, job), watcher)

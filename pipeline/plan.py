@@ -9,10 +9,9 @@ on the number of workers: the same recipe and data give the same shards everywhe
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from neuronlens.batches import batches_by_length
-from neuronlens.errors import RunFailed, UsageError
+from neuronlens.errors import UsageError
 from neuronlens.histograms import N_BINS
 from neuronlens.hookpoints import RULES, Site, config_of, find_sites
 from neuronlens.identity import model_identity, tokenizer_hash
@@ -29,8 +28,18 @@ from neuronlens.models import LoadedModel, load_model
 from neuronlens.prompts import answer_token_ids, encode_prompts
 from neuronlens.recipe import RawNeurons, Recipe
 from neuronlens.sources import LabelledText, load_labelled
-from neuronlens.store import FORMAT_VERSION, Store, StoredFile, content_hash, files_of
+from neuronlens.store import FORMAT_VERSION, Store, content_hash
 from pipeline.backends import check_model, checked_backend, vllm_version
+from pipeline.frozen import (
+    DECIDES_NOTHING,
+    ROW_GROUPS_PER_SAMPLES_FILE,
+    SAMPLES_SCHEMA,
+    Shard,
+    check_frozen,
+    load_shards,
+    store_hash_of,
+    write_plan,
+)
 
 MIN_SHARD_TOKENS = 32_768
 MAX_SHARD_TOKENS = 4_194_304
@@ -40,10 +49,7 @@ MAX_SHARD_RAW_BYTES = 256 * 2**20
 SHARDS_IN_HAND = 2
 """Shards that a collector holds at once: one in the model, one on its way to storage."""
 TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384}
-ROW_GROUPS_PER_SAMPLES_FILE = 64
 
-_DECIDES_NOTHING = ("store_hash", "recipe", "versions", "created_at", "files")
-"""Keys of store.json that say how a store came about, not what is in it."""
 
 # Bytes on disk as measured (docs/benchmarks.md): a row of partials, a bin of a histogram, a raw value by its width.
 PARTIAL_ROW_BYTES = 48
@@ -55,48 +61,6 @@ RAW_VALUE_BYTES = {4: 3.6, 2: 1.6}
 STATISTICS_ROW_BYTES = 150
 PREDICTION_ROW_BYTES = 8
 PREDICTIONS_FILE_BYTES = 2_000
-
-PLAN_SCHEMA = pa.schema(
-    [
-        ("shard", pa.int32()),
-        ("concept", pa.string()),
-        ("n_samples", pa.int64()),
-        ("n_tokens", pa.int64()),
-        ("n_batches", pa.int32()),
-        ("samples_file", pa.string()),
-        ("row_group", pa.int32()),
-    ]
-)
-SAMPLES_SCHEMA = pa.schema(
-    [
-        ("sample", pa.int64()),
-        ("shard", pa.int32()),
-        ("batch", pa.int32()),
-        ("concept", pa.dictionary(pa.int32(), pa.string())),
-        ("row", pa.int64()),
-        ("n_tokens", pa.int32()),
-        ("truncated", pa.bool_()),
-        ("text", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-    ]
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
-    """One unit of work, as plan.parquet says it."""
-
-    shard: int
-    concept: str
-    n_samples: int
-    n_tokens: int
-    n_batches: int
-    samples_file: str
-    row_group: int
-
-    @property
-    def name(self) -> str:
-        return f"shard-{self.shard:05d}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,31 +194,6 @@ def without_predictions(plan: Plan) -> Plan | None:
         return None
     description = {key: value for key, value in plan.description.items() if key != "answers"} | {"predictions": False}
     return replace(plan, description=description | {"store_hash": store_hash_of(description)})
-
-
-def write_plan(
-    store: Store, description: dict[str, Any], shards: Sequence[Shard], samples_of: Callable[[Shard], pa.Table]
-) -> None:
-    """Write the samples, the shard list and, last, store.json: from then on the plan is frozen. Memory holds the
-    samples of one shard at a time."""
-    files = _write_samples(store, shards, samples_of)
-    files.append(store.write_parquet("plan", "plan.parquet", PLAN_SCHEMA, lambda: iter([_plan_table(shards)])))
-    store.create_json("store.json", description | {"files": [asdict(file) for file in files]})
-
-
-def check_frozen(store: Store) -> None:
-    """Raises RunFailed where the plan or the samples of a store were damaged after they were frozen."""
-    damaged = [fault for fault in store.faults_of(files_of(store.describe())) if fault is not None]
-    if damaged:
-        raise RunFailed(
-            f"{store.root}: the frozen plan was damaged: {damaged[0]}. Restore that file, or start again with a new "
-            "--store."
-        )
-
-
-def load_shards(store: Store) -> tuple[Shard, ...]:
-    """The frozen shard list of a store."""
-    return tuple(Shard(**row) for row in store.read_parquet("plan.parquet").to_pylist())
 
 
 def check_room(plan: Plan, store: Store) -> None:
@@ -562,21 +501,10 @@ def _describe(
     }
 
 
-def store_hash_of(description: Mapping[str, Any]) -> str:
-    """The hash of the keys of store.json that decide what is in the store. Where a file lies does not: the same model
-    and data elsewhere make the same store."""
-    decides = {key: value for key, value in description.items() if key not in _DECIDES_NOTHING}
-    if not decides.get("predictions"):
-        decides.pop("predictions", None)  # stores from before there were any have no such key
-    decides["model"] = {key: value for key, value in decides["model"].items() if key not in ("id", "revision")}
-    decides["dataset"] = {key: value for key, value in decides["dataset"].items() if key not in ("source", "split")}
-    return content_hash(decides)
-
-
 def _difference(root: str, kept: dict[str, Any], wanted: dict[str, Any]) -> str:
     before: dict[str, Any] = {"predictions": False, "backend": "transformers"}
     kept, wanted = before | kept, before | wanted
-    keys = [key for key in wanted | kept if key not in _DECIDES_NOTHING and kept.get(key) != wanted.get(key)]
+    keys = [key for key in wanted | kept if key not in DECIDES_NOTHING and kept.get(key) != wanted.get(key)]
     shown = "; ".join(
         f"{key}: {_short(kept.get(key))} in the store, {_short(wanted.get(key))} asked for" for key in keys[:3]
     )
@@ -589,20 +517,6 @@ def _difference(root: str, kept: dict[str, Any], wanted: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 160 else text[:157] + "..."
-
-
-def _plan_table(shards: Sequence[Shard]) -> pa.Table:
-    return pa.Table.from_pylist([asdict(shard) for shard in shards], schema=PLAN_SCHEMA)
-
-
-def _write_samples(store: Store, shards: Sequence[Shard], samples_of: Callable[[Shard], pa.Table]) -> list[StoredFile]:
-    files: dict[str, list[Shard]] = {}
-    for shard in shards:
-        files.setdefault(shard.samples_file, []).append(shard)
-    return [
-        store.write_parquet("samples", path, SAMPLES_SCHEMA, partial(map, samples_of, group), compression="zstd")
-        for path, group in files.items()
-    ]
 
 
 def _samples_table(shard: Shard, samples: tuple[Sample, ...], batch_of: tuple[int, ...]) -> pa.Table:

@@ -51,12 +51,14 @@ class Failure(Generic[Job]):
 class Started(NamedTuple):
     """A new actor and the object ref of its heavy start, which gives its Place and may fail.
 
-    `end` ends the actor, and gives back what was reserved for it.
+    `end` ends the actor, and gives back what was reserved for it. `rest` is for an actor that is whole and has nothing
+    in hand when the pool ends; by default it is ended too.
     """
 
     actor: Any
     ready: Any
     end: Callable[[Any], None] = ray.kill
+    rest: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +113,7 @@ class _Try(Generic[Job]):
 class _Worker:
     actor: Any
     end: Callable[[Any], None]
+    rest: Callable[[Any], None]
     place: Place
     n_jobs: int = 0
     is_alone: bool = False
@@ -141,7 +144,8 @@ class Pool(Generic[Job]):
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
-            worker.end(worker.actor)
+            leave = worker.end if worker.n_jobs else worker.rest
+            leave(worker.actor)
         for started in self._starting.values():
             started.end(started.actor)
         self._workers.clear()
@@ -289,7 +293,7 @@ class Pool(Generic[Job]):
                 ) from error
             return
         self._n_failed_starts = 0
-        self._workers.append(_Worker(started.actor, started.end, place))
+        self._workers.append(_Worker(started.actor, started.end, started.rest or started.end, place))
 
     def _states(self) -> dict[str, int]:
         n_busy = sum(worker.n_jobs > 0 for worker in self._workers)

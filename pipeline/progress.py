@@ -14,9 +14,8 @@ from typing import Any
 from neuronlens.errors import RunFailed
 from neuronlens.retry import StoreUnusable
 from neuronlens.store import Store
-from pipeline.collect import read_samples
+from pipeline.frozen import Shard, read_samples
 from pipeline.metrics import ACTIVITIES, RunMetrics
-from pipeline.plan import Shard
 from pipeline.pool import Failure, Place, Watcher
 from pipeline.stopping import GRACE_SECONDS, StopSignals
 

@@ -26,24 +26,24 @@ from neuronlens.recipe import Recipe, parse_recipe
 from neuronlens.store import Store, StoredFile, content_hash, files_of, new_attempt, receipt_of
 from pipeline.collect import (
     create_receipt,
-    read_samples,
     write_histograms,
     write_partials,
     write_predictions,
     write_raw,
 )
 from pipeline.driver import Reporter, Silent, intact_shards
-from pipeline.lease import Lease
-from pipeline.plan import (
+from pipeline.frozen import (
     ROW_GROUPS_PER_SAMPLES_FILE,
     SAMPLES_SCHEMA,
     Shard,
     check_frozen,
     load_shards,
-    package_versions,
+    read_samples,
     store_hash_of,
     write_plan,
 )
+from pipeline.lease import Lease
+from pipeline.plan import package_versions
 from pipeline.statistics import Layer, compute_statistics_here, layers_of
 
 READ_ROWS = 1_048_576

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from neuronlens.store import Store
+from pipeline.frozen import load_shards
 from pipeline.lease import current, is_alive_here, told
-from pipeline.plan import load_shards
 from pipeline.progress import FILE, quarantined
 from pipeline.statistics import layers_of
 

@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from neuronlens.errors import NeuronLensError
 from pipeline.collect import Collected, CollectSpec
-from pipeline.plan import SHARDS_IN_HAND, Shard
+from pipeline.frozen import Shard
+from pipeline.plan import SHARDS_IN_HAND
 from pipeline.pool import Started
 from pipeline.workers import Layout, ModelWorker, WorkerSpec, cpu_share
 

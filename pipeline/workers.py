@@ -1,6 +1,7 @@
 """The Ray actor that holds one model, and how many of them a machine or a cluster gets."""
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -15,14 +16,15 @@ import ray
 import torch
 
 from neuronlens.errors import UsageError
-from neuronlens.models import load_model
+from neuronlens.models import import_for_generation, load_model
 from neuronlens.recipe import ComputeSection, ModelSection
 from neuronlens.store import Store
 from pipeline.backends import tensor_parallel_of
-from pipeline.collect import Collected, CollectSpec, commit_shard, read_samples, run_shard
+from pipeline.collect import Collected, CollectSpec, commit_shard, run_shard
 from pipeline.evaluator import EvaluationJob, EvaluationWork, Evaluator
+from pipeline.frozen import Shard, read_samples
 from pipeline.metrics import CollectorMetrics
-from pipeline.plan import SHARDS_IN_HAND, Shard
+from pipeline.plan import SHARDS_IN_HAND
 from pipeline.pool import Place, Started, here
 from pipeline.stopping import GRACE_SECONDS
 from pipeline.turns import Turns
@@ -112,6 +114,7 @@ class ModelWorker:
     """
 
     def __init__(self) -> None:
+        import_for_generation()
         self._n_in_hand = 0
         self._evaluator: Evaluator | None = None
         self._counting = threading.Lock()
@@ -128,6 +131,12 @@ class ModelWorker:
         self._turns = Turns(SHARDS_IN_HAND)
         self._metrics = CollectorMetrics(Path(spec.store.root).name)
         return here()
+
+    def rest(self) -> None:
+        """Let go of the model, and keep the libraries until the next `ready`."""
+        self._evaluator = None
+        del self._loaded
+        gc.collect()
 
     def collect(self, shard: Shard) -> dict[str, Any]:
         """Run and commit one shard; the receipt that counts."""
@@ -181,40 +190,44 @@ class ModelWorker:
 
 
 class Spares:
-    """CPU workers that import their libraries while the driver plans, so that nobody waits for them later.
+    """CPU workers that import their libraries while the driver plans, and keep them from one stage to the next, so that
+    nobody waits for them.
 
-    Only where Ray runs on this machine alone and has no GPU: there it is known beforehand what a worker will be.
+    Only where Ray runs on this machine alone and has no GPU: there it is known beforehand what a worker will be. They
+    reserve no cores, which the stages between theirs need.
     """
 
     def __init__(self, compute: ComputeSection, backend: str = "transformers") -> None:
         resources = ray.cluster_resources()
         n_cores = int(resources.get("CPU", 1))
-        alone = len(ray.nodes()) == 1 and not resources.get("GPU")
-        fits = (
-            backend == "transformers"
-            and alone
-            and compute.gpus_per_worker in ("auto", 0)
-            and compute.workers in ("auto", n_cores)
-        )
-        layout = Layout(n_workers=n_cores, n_gpus=0, n_threads=1)
-        self._idle = [_actor_class(layout).remote() for _ in range(n_cores)] if fits else []
+        alone = not os.environ.get("RAY_ADDRESS") and len(ray.nodes()) == 1 and not resources.get("GPU")
+        fits = backend == "transformers" and alone and compute.gpus_per_worker in ("auto", 0)
+        n_workers = n_cores if compute.workers == "auto" else min(compute.workers, n_cores)
+        self._idle = [_actor_class(0, 0).remote() for _ in range(n_workers)] if fits else []
 
-    def take(self, layout: Layout) -> Any | None:
-        """One that fits the layout, or None. Where none fits, all are ended: a worker of two threads would wait forever
-        for the cores that they hold."""
-        if layout.n_threads != 1 or layout.n_gpus:
-            self._end()
+    def take(self) -> Any | None:
+        """One that is ready to be made ready, or None."""
         return self._idle.pop() if self._idle else None
+
+    def put(self, actor: Any) -> None:
+        """Take back one that has nothing in hand."""
+        try:
+            ray.get(actor.rest.remote())
+        except ray.exceptions.RayError:  # it died meanwhile
+            ray.kill(actor)
+        else:
+            self._idle.append(actor)
+
+    def end(self) -> None:
+        """End those that nobody has taken."""
+        while self._idle:
+            ray.kill(self._idle.pop())
 
     def __enter__(self) -> "Spares":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        while self._idle:
-            ray.kill(self._idle.pop())
+        self.end()
 
 
 def worker_starter(spec: WorkerSpec, spares: Spares | None = None) -> Callable[[], Started]:
@@ -222,8 +235,11 @@ def worker_starter(spec: WorkerSpec, spares: Spares | None = None) -> Callable[[
     spec_ref = ray.put(spec)
 
     def start() -> Started:
-        spare = spares.take(spec.layout) if spares is not None else None
-        actor = spare or _actor_class(spec.layout).remote()
+        spare = spares.take() if spares is not None else None
+        if spares is not None and spare is not None:
+            return Started(spare, spare.ready.remote(spec_ref), rest=spares.put)
+        n_cpus = 1 if spec.layout.n_gpus else cpu_share(spec.layout)
+        actor = _actor_class(n_cpus, spec.layout.n_gpus).remote()
         return Started(actor, actor.ready.remote(spec_ref))
 
     return start
@@ -238,10 +254,10 @@ def _check_store(store: Store) -> None:
         )
 
 
-def _actor_class(layout: Layout) -> Any:
+def _actor_class(n_cpus: float, n_gpus: float) -> Any:
     return ray.remote(ModelWorker).options(
-        num_cpus=1 if layout.n_gpus else cpu_share(layout),
-        num_gpus=layout.n_gpus,
+        num_cpus=n_cpus,
+        num_gpus=n_gpus,
         max_restarts=0,
         max_task_retries=0,
         max_concurrency=SHARDS_IN_HAND,

@@ -31,7 +31,8 @@ def evaluate(
             metavar="KEY=VALUES",
             help="Evaluate every value: numbers as start:stop:step or 0.1,0.3; layers=each, all or 0+5; also "
             "top_fraction, hook_points, salience, method, mass, penalty, budget, action, factor, value and positions "
-            "(all or last). Repeatable: every combination. What a table lacks is made from the statistics.",
+            "(all or last). A method's number, such as tau or penalty, implies it. "
+            "Repeatable: every combination. What a table lacks is made from the statistics.",
         ),
     ] = None,
     control: Annotated[

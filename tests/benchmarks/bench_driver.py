@@ -16,7 +16,8 @@ import psutil
 import ray
 
 from neuronlens.store import Store
-from pipeline.plan import SHARDS_IN_HAND, Shard
+from pipeline.frozen import Shard
+from pipeline.plan import SHARDS_IN_HAND
 from pipeline.pool import Pool, Started, Watcher, here
 from pipeline.progress import CollectProgress
 from pipeline.stopping import StopSignals

@@ -104,6 +104,12 @@ def test_settings_of__leave_out_what_does_not_apply_at_a_point() -> None:
     assert [e.get("factor") for e in edits("action=zero,dampen,adaptive", "factor=0.5")] == [None, 0.5, 0.5]
 
 
+def test_settings_of__take_the_method_that_a_number_belongs_to() -> None:
+    assert settings("penalty=1,3") == settings("method=likelihood_ratio", "penalty=1,3")
+    assert settings("tau=1,2", "mass=0.8") == settings("method=paper,hpd", "tau=1,2", "mass=0.8")
+    assert [(one.method, one.edit.tau) for one in settings("tau=1", table=hpd_table())] == [("paper", 1.0)]
+
+
 def test_settings_of__of_a_table_by_another_method_keep_its_bounds() -> None:
     table = hpd_table()
     [one] = settings("layers=all", table=table)
@@ -116,7 +122,7 @@ def test_settings_of__of_a_table_by_another_method_keep_its_bounds() -> None:
 @pytest.mark.parametrize(
     ("sweeps", "message"),
     [
-        (["mass=0.5"], "--sweep mass changes nothing at any point of the grid: only method hpd has it"),
+        (["method=paper", "mass=0.5"], "--sweep mass changes nothing at any point of the grid: only method hpd has it"),
         (["method=hpd", "tau=1,2"], "--sweep tau changes nothing at any point of the grid: only method paper has it"),
         (["factor=0.5"], "only the actions dampen and adaptive have it"),
         (["value=1"], "only the action set has it"),

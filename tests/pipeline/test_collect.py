@@ -15,7 +15,8 @@ from neuronlens.store import Store
 from pipeline.clean import orphans
 from pipeline.collect import CollectSpec, collect_shard
 from pipeline.driver import DEFAULT_FOLDER, Driver, Silent, intact_shards
-from pipeline.plan import Plan, freeze, load_shards, make_plan
+from pipeline.frozen import load_shards
+from pipeline.plan import Plan, freeze, make_plan
 from tests.pipeline.runs import ANSWERS, recipe, table_of
 from tests.tiny_models import tiny_model, tiny_tokenizer
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -16,8 +15,8 @@ from neuronlens.query import connect, run_file
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import ComputeSection, parse_recipe
 from neuronlens.store import Store
-from pipeline import driver
-from pipeline.workers import Layout, Spares
+from pipeline import driver, workers
+from pipeline.workers import Spares
 from tests.pipeline.runs import ANSWERS, TWO_WORKERS, assert_same_tables, recipe, run, run_here, table_of
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
@@ -98,16 +97,26 @@ def test_run__gives_the_same_for_one_worker_two_and_three(place, tmp_path, finis
     assert again.range_table == summary.range_table
 
 
-def test_spares__give_their_cores_back_where_none_fits():
-    """A worker that wants two cores would else wait forever for those that the spares hold."""
-    with Spares(ComputeSection()) as spares:
-        while ray.available_resources().get("CPU", 0):
-            time.sleep(0.1)
-        assert spares.take(Layout(n_workers=1, n_gpus=0, n_threads=3)) is None
-        end = time.monotonic() + 30
-        while ray.available_resources().get("CPU", 0) < 3 and time.monotonic() < end:
-            time.sleep(0.1)
-        assert ray.available_resources()["CPU"] == 3
+def test_run__evaluates_in_the_process_that_collected(place, tmp_path, monkeypatch):
+    """Each process more imports torch and transformers once more."""
+    started, start = [], workers._actor_class
+
+    def counted(*resources):
+        started.append(resources)
+        return start(*resources)
+
+    monkeypatch.setattr(workers, "_actor_class", counted)
+    summary = run(place, tmp_path / "store")
+    assert len(summary.erasure) == 12
+    assert started == [(0, 0)], "cores that it held would be missing to the statistics"
+
+
+def test_spares__forget_a_worker_that_died(place, tmp_path):
+    with Spares(ComputeSection(workers=1)) as spares:
+        actor = spares.take()
+        ray.kill(actor)
+        spares.put(actor)
+        assert spares.take() is None
 
 
 @pytest.mark.usefixtures("one_thread_each")

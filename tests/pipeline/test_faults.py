@@ -18,8 +18,8 @@ from neuronlens.retry import StorageFailed, StoreUnusable
 from neuronlens.store import Store
 from pipeline import driver
 from pipeline.clean import clean, orphans
-from pipeline.collect import CollectSpec, commit_shard, read_samples, run_shard
-from pipeline.plan import load_shards
+from pipeline.collect import CollectSpec, commit_shard, run_shard
+from pipeline.frozen import load_shards, read_samples
 from pipeline.status import status_of
 from tests.faults import Fault, break_storage, n_times
 from tests.pipeline.runs import TWO_WORKERS, assert_same_tables, recipe, run, table_of

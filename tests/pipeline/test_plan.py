@@ -10,8 +10,9 @@ import pytest
 from neuronlens.errors import UsageError
 from neuronlens.recipe import parse_recipe
 from neuronlens.store import Store, content_hash
-from pipeline.collect import batches_of, read_samples
-from pipeline.plan import check_room, freeze, make_plan, store_hash_of, without_predictions
+from pipeline.collect import batches_of
+from pipeline.frozen import read_samples, store_hash_of
+from pipeline.plan import check_room, freeze, make_plan, without_predictions
 from tests.tiny_models import SENTENCES, save_tiny, tiny_tokenizer
 
 WORDS = " ".join(SENTENCES).split()

@@ -21,8 +21,9 @@ from pipeline import recut as module
 from pipeline.collect import CollectSpec, collect_shard
 from pipeline.driver import Silent
 from pipeline.emit import emit_table
+from pipeline.frozen import load_shards
 from pipeline.lease import current
-from pipeline.plan import freeze, load_shards, make_plan
+from pipeline.plan import freeze, make_plan
 from pipeline.recut import recut
 from pipeline.statistics import compute_statistics_here
 from pipeline.status import status_of

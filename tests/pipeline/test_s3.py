@@ -16,8 +16,8 @@ from neuronlens.errors import RunFailed, UsageError
 from neuronlens.query import connect
 from neuronlens.retry import StoreUnusable
 from neuronlens.store import Store
+from pipeline.frozen import load_shards
 from pipeline.lease import Lease, StoreHeld
-from pipeline.plan import load_shards
 from tests.pipeline.runs import assert_same_tables, recipe_file
 from tests.s3 import S3Server
 

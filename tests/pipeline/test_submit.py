@@ -23,8 +23,8 @@ import yaml
 from neuronlens.errors import UsageError
 from neuronlens.store import Store
 from pipeline import submit
+from pipeline.frozen import load_shards
 from pipeline.metrics import ACTIVITIES, NAMES
-from pipeline.plan import load_shards
 from pipeline.submit import client, submit_run
 from tests.pipeline.runs import content_of, recipe_file
 

@@ -177,4 +177,4 @@ def test_starter__places_ranks_in_a_group_that_goes_with_the_worker(place, tmp_p
 @pytest.mark.usefixtures("ray_cluster")
 def test_spares__are_none_where_vllm_collects():
     with Spares(ComputeSection(), "vllm") as spares:
-        assert spares.take(Layout(n_workers=3, n_gpus=0, n_threads=1)) is None
+        assert spares.take() is None

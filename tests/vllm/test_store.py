@@ -11,7 +11,8 @@ import pytest
 from neuronlens.errors import RunFailed
 from neuronlens.recipe import parse_recipe
 from neuronlens.store import Store
-from pipeline.collect import CollectSpec, collect_shard, commit_shard, read_samples
+from pipeline.collect import CollectSpec, collect_shard, commit_shard
+from pipeline.frozen import read_samples
 from pipeline.plan import freeze, make_plan
 from pipeline.vllm_worker import run_shard_in_engine
 from tests.tiny_models import SENTENCES
