@@ -133,6 +133,7 @@ def evaluate_sweep(
     *,
     controls: Sequence[Control] = (),
     perplexity: bool = False,
+    spares: Spares | None = None,
 ) -> list[dict[str, Any]]:
     """As `evaluate_table`, for every point of the grid, with one unmodified pass for all. What the grid does not say is
     as in `edit` and `table`; the tables that it asks for beyond that are made. Counts are of the answers' tokens.
@@ -149,7 +150,7 @@ def evaluate_sweep(
         perplexity=perplexity,
         counted="answer",
     )
-    return _evaluate(recipe, store, asked, reporter, stop_requested)
+    return _evaluate(recipe, store, asked, reporter, stop_requested, spares)
 
 
 def _evaluate(
@@ -158,7 +159,7 @@ def _evaluate(
     asked: Asked,
     reporter: "Reporter",
     stop_requested: Callable[[], bool],
-    spares: Spares | None = None,
+    spares: Spares | None,
 ) -> list[dict[str, Any]]:
     test, table = recipe.test, asked.table
     if test is None:

@@ -18,7 +18,7 @@ from neuronlens.generation_rows import Generated, generation_rows
 from neuronlens.identity import model_identity
 from neuronlens.judge import Judge, Judged, classes_of
 from neuronlens.measure import batches_for
-from neuronlens.models import LoadedModel, load_model
+from neuronlens.models import LoadedModel, import_for_generation, load_model
 from neuronlens.programs import Edit, Program
 from neuronlens.ranges import RangeTable
 from neuronlens.recipe import GenerationSection, ModelSection, Recipe, TestSection
@@ -239,6 +239,9 @@ def _layout(recipe: Recipe, models: list[LoadedModel], n_steps: int, n_tokens: i
 
 class GenerationWorker:
     """A Ray actor that holds the model, the classifier, and the program of the pass that it was last asked for."""
+
+    def __init__(self) -> None:
+        import_for_generation()
 
     def ready(self, spec: GenerationSpec) -> Place:
         """Load both. Must be called first, and be done before anything else is asked. Raises UsageError where this node

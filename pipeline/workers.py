@@ -197,13 +197,16 @@ class Spares:
     reserve no cores, which the stages between theirs need.
     """
 
-    def __init__(self, compute: ComputeSection, backend: str = "transformers") -> None:
+    def __init__(self, compute: ComputeSection, backend: str = "transformers", *, at_most: int | None = None) -> None:
         resources = ray.cluster_resources()
         n_cores = int(resources.get("CPU", 1))
         alone = not os.environ.get("RAY_ADDRESS") and len(ray.nodes()) == 1 and not resources.get("GPU")
         fits = backend == "transformers" and alone and compute.gpus_per_worker in ("auto", 0)
-        n_workers = n_cores if compute.workers == "auto" else min(compute.workers, n_cores)
-        self._idle = [_actor_class(0, 0).remote() for _ in range(n_workers)] if fits else []
+        wanted = (n_cores, n_cores if compute.workers == "auto" else compute.workers, at_most or n_cores)
+        self._idle = self._started(min(wanted)) if fits else []
+
+    def _started(self, n_workers: int) -> list[Any]:
+        return [_actor_class(0, 0).remote() for _ in range(n_workers)]
 
     def take(self) -> Any | None:
         """One that is ready to be made ready, or None."""

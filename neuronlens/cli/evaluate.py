@@ -65,6 +65,7 @@ def evaluate(
     from pipeline.driver import ray_session
     from pipeline.emit import load_table
     from pipeline.erasure import evaluate_sweep, evaluate_table, recipe_of, table_of_recipe
+    from pipeline.workers import Spares
 
     opened, reporter = open_store(store), ConsoleReporter(stderr())
     recipe = recipe_of(opened, changes)
@@ -75,16 +76,31 @@ def evaluate(
     if sweeps:
         grid = parse_grid(sweeps)
         chosen = table_of_recipe(opened, recipe) if table is None else load_table(opened, table)
-        with ray_session():
+        with ray_session(), Spares(recipe.compute, at_most=1) as spares:
             rows = evaluate_sweep(
-                recipe, opened, chosen, grid, reporter, edit, controls=controls, perplexity=bool(perplexity)
+                recipe,
+                opened,
+                chosen,
+                grid,
+                reporter,
+                edit,
+                controls=controls,
+                perplexity=bool(perplexity),
+                spares=spares,
             )
         stderr().print(sweep_table(rows))
     else:
         chosen = load_table(opened, table)
-        with ray_session():
+        with ray_session(), Spares(recipe.compute, at_most=1) as spares:
             rows = evaluate_table(
-                recipe, opened, chosen, reporter, edit, controls=controls, perplexity=perplexity is not False
+                recipe,
+                opened,
+                chosen,
+                reporter,
+                edit,
+                controls=controls,
+                perplexity=perplexity is not False,
+                spares=spares,
             )
         stderr().print(erasure_table(rows))
     if as_json:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.pipeline.runs import KeptSpares
 from tests.tiny_models import SENTENCES, save_tiny
 
 CONCEPTS = ("joy", "anger", "fear")
@@ -16,7 +17,10 @@ def ray_cluster():
     import ray
 
     ray.init(address="local", num_cpus=3, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    patch = pytest.MonkeyPatch()
+    patch.setattr("pipeline.driver.Spares", KeptSpares)
     yield
+    patch.undo()
     ray.shutdown()
 
 

@@ -1,6 +1,7 @@
 """Runs on the tiny model, and what it means that two of them gave the same."""
 
 import json
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -12,12 +13,27 @@ from pipeline import driver
 from pipeline.collect import CollectSpec, collect_shard
 from pipeline.plan import freeze
 from pipeline.statistics import compute_statistics_here
+from pipeline.workers import Spares
 
 ANSWERS = {"joy": "<joy>", "anger": "<anger>", "fear": "<fear>"}
 
 
 TWO_WORKERS = {"workers": 2}
 """Where it matters that there are several: each is a process that imports torch and transformers for 9 s of a core."""
+
+
+class KeptSpares(Spares):
+    """Spares that the next run of this process takes over."""
+
+    _kept: ClassVar[list[Any]] = []
+
+    def _started(self, n_workers: int) -> list[Any]:
+        taken = [self._kept.pop() for _ in range(min(n_workers, len(self._kept)))]
+        return taken + super()._started(n_workers - len(taken))
+
+    def end(self) -> None:
+        self._kept.extend(self._idle)
+        self._idle.clear()
 
 
 def content_of(place, **sections) -> dict:

@@ -106,6 +106,7 @@ def test_run__evaluates_in_the_process_that_collected(place, tmp_path, monkeypat
         return start(*resources)
 
     monkeypatch.setattr(workers, "_actor_class", counted)
+    monkeypatch.setattr(driver, "Spares", Spares)
     summary = run(place, tmp_path / "store")
     assert len(summary.erasure) == 12
     assert started == [(0, 0)], "cores that it held would be missing to the statistics"

@@ -8,14 +8,14 @@ import pytest
 
 from neuronlens.errors import UsageError
 from neuronlens.query import connect
-from neuronlens.recipe import RangesSection
+from neuronlens.recipe import ComputeSection, RangesSection
 from neuronlens.report import erasure_table, sweep_table
 from neuronlens.store import Store
 from neuronlens.sweep import parse_grid
 from pipeline.driver import Silent
 from pipeline.emit import emit_table, load_table
 from pipeline.erasure import evaluate_sweep, evaluate_table, table_of_recipe
-from tests.pipeline.runs import ANSWERS, recipe, run_here
+from tests.pipeline.runs import ANSWERS, KeptSpares, recipe, run_here
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ray_cluster", "small_shards")
@@ -32,6 +32,11 @@ class Heard(Silent):
 
     def say(self, line: str) -> None:
         self.lines.append(line)
+
+
+def evaluated(evaluate, *args, **more):
+    with KeptSpares(ComputeSection(), at_most=1) as spares:
+        return evaluate(*args, spares=spares, **more)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +63,9 @@ def swept(asked, ray_cluster):
     made, store = asked
     patch = pytest.MonkeyPatch()
     patch.setattr("pipeline.erasure.ROWS_A_FILE", 100)
-    rows = evaluate_sweep(made, store, table_of_recipe(store, made), parse_grid(SWEEP), Silent(), controls=CONTROLS)
+    rows = evaluated(
+        evaluate_sweep, made, store, table_of_recipe(store, made), parse_grid(SWEEP), Silent(), controls=CONTROLS
+    )
     patch.undo()
     assert [len(receipt["rows"]) for receipt in store.receipts("evaluations")] == [100, 100, 24]
     return rows, store
@@ -95,7 +102,7 @@ def test_evaluate_sweep__has_every_setting_concept_and_condition(swept):
 def test_evaluate_sweep__gives_what_an_evaluation_of_each_setting_gives(asked, swept):
     made, store = asked
     table = emit_table(store, RangesSection(tau=1.0, top_fraction=0.6), Silent())
-    plain = evaluate_table(made, store, table, Silent())
+    plain = evaluated(evaluate_table, made, store, table, Silent())
     of_sweep = [row for row in swept[0] if row["setting"] == 3]  # tau 1, 0.6, all layers
     kept = {(row["concept"], row["condition"]): row for row in of_sweep}
     assert len(plain) == 4 * 3
@@ -116,7 +123,9 @@ def test_evaluate_sweep__gives_what_an_evaluation_of_each_setting_gives(asked, s
 def test_evaluate_sweep__is_kept_and_not_run_again(asked, swept):
     made, store = asked
     heard = Heard()
-    again = evaluate_sweep(made, store, table_of_recipe(store, made), parse_grid(SWEEP), heard, controls=CONTROLS)
+    again = evaluated(
+        evaluate_sweep, made, store, table_of_recipe(store, made), parse_grid(SWEEP), heard, controls=CONTROLS
+    )
     assert again == swept[0]
     [line] = heard.lines
     assert line.startswith("evaluated before: evaluations/sweep.")
@@ -135,7 +144,7 @@ def test_evaluate_sweep__is_kept_and_not_run_again(asked, swept):
 def test_evaluate_table__with_controls_is_another_evaluation(asked, swept):
     made, store = asked
     table = table_of_recipe(store, made)
-    rows = evaluate_table(made, store, table, Silent(), controls=("wrong_concept",), perplexity=False)
+    rows = evaluated(evaluate_table, made, store, table, Silent(), controls=("wrong_concept",), perplexity=False)
     by = {(row["concept"], row["condition"]): row for row in rows}
     assert {row["perplexity"] for row in rows} == {None}
     for concept, other in (("anger", "fear"), ("fear", "joy"), ("joy", "anger")):
@@ -151,7 +160,7 @@ def test_evaluations__of_the_same_texts_share_their_hash(asked, swept):
     fewer = {"test": made.test.model_copy(update={"off_task": None, "multiple_choice": None})}
     table = table_of_recipe(store, made)
     for changes in (fewer, {"test": made.test.model_copy(update={"max_per_concept": 3})}):
-        evaluate_table(made.model_copy(update=changes), store, table, Silent(), perplexity=False)
+        evaluated(evaluate_table, made.model_copy(update=changes), store, table, Silent(), perplexity=False)
     with connect(store.file_lists(), fs=store.fs) as con:
         found = con.sql(
             "select n_texts, count(distinct texts_hash) from evaluations group by all order by all"
@@ -176,11 +185,11 @@ def test_evaluate__refuses_before_it_loads_anything(asked, place, tmp_path):
     with pytest.raises(
         UsageError, match=r"concept 'pride' \(1 of 1 rows\), for which range table tbl_.* has no ranges"
     ):
-        evaluate_table(changed, store, table, Silent())
+        evaluated(evaluate_table, changed, store, table, Silent())
     with pytest.raises(UsageError, match="no layer 7"):
-        evaluate_sweep(changed, store, table, parse_grid(["layers=7"]), Silent())
+        evaluated(evaluate_sweep, changed, store, table, parse_grid(["layers=7"]), Silent())
     with pytest.raises(UsageError, match="The recipe has no test section"):
-        evaluate_table(made.model_copy(update={"test": None}), store, table, Silent())
+        evaluated(evaluate_table, made.model_copy(update={"test": None}), store, table, Silent())
 
 
 def test_table_of_recipe__is_the_one_that_the_recipe_asks_for(asked):
