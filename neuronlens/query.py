@@ -29,8 +29,11 @@ KINDS = (
 )
 """The kinds of file that a store holds. Each has a view `KIND_files`, empty where it has none: sql/schema.sql."""
 
-VIEW_FILES = ("views", "analysis", "functions", "comments")
-"""The files of sql/ that make views and table macros over the `KIND_files` views, in this order."""
+_VIEWS = ("views", "analysis", "functions")
+_COMMENTS = "comments"
+VIEW_FILES = (*_VIEWS, _COMMENTS)
+"""The files of sql/ that make views and table macros over the `KIND_files` views, in this order, and say what they
+mean."""
 
 _FORMULAS = ("macros", "schema")
 _SETUP = (*_FORMULAS, *VIEW_FILES)
@@ -50,13 +53,15 @@ def connect(
     memory_limit: str | None = None,
     threads: int | None = None,
     temp_directory: str | None = None,
+    comments: bool = False,
 ) -> duckdb.DuckDBPyConnection:
     """A connection with views over a store and the table macros, as docs/sql.md describes them.
 
     `files` gives the paths or URLs of each kind (see KINDS), as the receipts name them; a kind left out or empty gives
     a view with its columns and no rows. `fs` is the fsspec filesystem of a store that is not local. `memory_limit` is
     DuckDB's, as in "4GB"; beyond it, a query spills below `temp_directory` (by default the system's), where the
-    connection keeps a directory of its own until it is closed. Nothing is ever downloaded, no extension either.
+    connection keeps a directory of its own until it is closed. `comments` says in the catalog what every column means,
+    which takes longer than everything else. Nothing is ever downloaded, no extension either.
 
     The views belong to the connection's catalog, so `con.cursor()` sees them too: take one cursor a thread.
 
@@ -83,7 +88,7 @@ def connect(
         con.execute(read_query(name))
     for kind, paths in (files or {}).items():
         _read_from(con, kind, paths, fs)
-    for name in VIEW_FILES:
+    for name in VIEW_FILES if comments else _VIEWS:
         con.execute(read_query(name))
     return con
 
