@@ -34,7 +34,7 @@ class Lens:
         self.description = store.describe()
         """What store.json says."""
         files = store.file_lists()
-        self._con = connect(files, fs=store.fs, memory_limit=memory_limit, threads=threads, comments=True)
+        self._con = connect(files, fs=store.fs, memory_limit=memory_limit, threads=threads, views="described")
         paths = [url_of(path, store.fs) for of_kind in files.values() for path in of_kind]
         for statement in duckdb.extract_statements(read_query("session/guard")):
             self._con.execute(statement, {"paths": paths} if statement.named_parameters else None)

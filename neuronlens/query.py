@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import duckdb
 import pyarrow as pa
@@ -29,11 +29,16 @@ KINDS = (
 )
 """The kinds of file that a store holds. Each has a view `KIND_files`, empty where it has none: sql/schema.sql."""
 
-_VIEWS = ("views", "analysis", "functions")
-_COMMENTS = "comments"
-VIEW_FILES = (*_VIEWS, _COMMENTS)
+VIEW_FILES = ("views", "analysis", "functions", "comments")
 """The files of sql/ that make views and table macros over the `KIND_files` views, in this order, and say what they
 mean."""
+
+Views = Literal["stored", "derived", "described"]
+_FILES_OF: Mapping[Views, tuple[str, ...]] = {
+    "stored": VIEW_FILES[:1],
+    "derived": VIEW_FILES[:3],
+    "described": VIEW_FILES,
+}
 
 _FORMULAS = ("macros", "schema")
 _SETUP = (*_FORMULAS, *VIEW_FILES)
@@ -53,15 +58,16 @@ def connect(
     memory_limit: str | None = None,
     threads: int | None = None,
     temp_directory: str | None = None,
-    comments: bool = False,
+    views: Views = "derived",
 ) -> duckdb.DuckDBPyConnection:
     """A connection with views over a store and the table macros, as docs/sql.md describes them.
 
     `files` gives the paths or URLs of each kind (see KINDS), as the receipts name them; a kind left out or empty gives
     a view with its columns and no rows. `fs` is the fsspec filesystem of a store that is not local. `memory_limit` is
     DuckDB's, as in "4GB"; beyond it, a query spills below `temp_directory` (by default the system's), where the
-    connection keeps a directory of its own until it is closed. `comments` says in the catalog what every column means,
-    which takes longer than everything else. Nothing is ever downloaded, no extension either.
+    connection keeps a directory of its own until it is closed. `views` says how much is made: what the store's files
+    hold (half the time), what is derived from it too, or also what every column means (twice the time). Nothing is ever
+    downloaded, no extension either.
 
     The views belong to the connection's catalog, so `con.cursor()` sees them too: take one cursor a thread.
 
@@ -88,7 +94,7 @@ def connect(
         con.execute(read_query(name))
     for kind, paths in (files or {}).items():
         _read_from(con, kind, paths, fs)
-    for name in VIEW_FILES if comments else _VIEWS:
+    for name in _FILES_OF[views]:
         con.execute(read_query(name))
     return con
 
@@ -98,8 +104,15 @@ def attach(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], *, f
 
     So that a stage can read what the stage before it wrote, without another connection. Raises as `connect` does.
     """
+    before = _columns_of(con, kind)
     _read_from(con, kind, paths, fs)
-    con.execute(read_query("views"))
+    if _columns_of(con, kind) != before:  # else the views over it hold, and making them takes longer than a small query
+        con.execute(read_query("views"))
+
+
+def _columns_of(con: duckdb.DuckDBPyConnection, kind: str) -> list[tuple[str, str]]:
+    found = con.view(f"{kind}_files")
+    return [(name, str(of_type)) for name, of_type in zip(found.columns, found.types, strict=True)]
 
 
 def _read_from(con: duckdb.DuckDBPyConnection, kind: str, paths: Sequence[str], fs: Any) -> None:

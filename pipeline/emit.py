@@ -45,7 +45,7 @@ def emit_table(store: Store, asked: RangesSection, reporter: "Reporter") -> Rang
     else:
         _check_salience(store, statistics, asked.salience)
     choice = {"tau": asked.tau, "top_fraction": asked.top_fraction, "salience": asked.salience}
-    with connect(store.file_lists(), fs=store.fs) as con:
+    with connect(store.file_lists(), fs=store.fs, views="stored") as con:
         rows = run_file(con, "ranges", **choice)
         if asked.method != PAPER:
             chosen = Method(name=asked.method, options=asked.options)

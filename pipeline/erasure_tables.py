@@ -105,7 +105,7 @@ def shuffled_moments(store: Store, table: RangeTable) -> tuple[pa.Table, str]:
     """Mean and std of the table's neurons under shuffled labels, and from what they were computed: the store's raw
     values where it has all of them, else the moments of all concepts together."""
     sites = sorted((row["hook_point"], row["layer"]) for row in _distinct(table.rows, _SITE))
-    with connect(store.file_lists(), fs=store.fs) as con:
+    with connect(store.file_lists(), fs=store.fs, views="stored") as con:
         pooled = pa.concat_tables([run_file(con, "pooled_moments", hook_point=h, layer=n) for h, n in sites])
         shuffled = pa.concat_tables(
             [run_file(con, "shuffled_moments", hook_point=h, layer=n, seed=SEED) for h, n in sites]

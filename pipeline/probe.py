@@ -47,7 +47,7 @@ def make_probes(store: Store, reporter: "Reporter") -> list[dict[str, Any]]:
     missing = [layer for layer, receipt in kept.items() if receipt is None]
     if missing:
         with (
-            connect({"raw": _raw_files(store, commits)}, fs=store.fs) as con,
+            connect({"raw": _raw_files(store, commits)}, fs=store.fs, views="stored") as con,
             reporter.stage("probes", len(missing), "layers") as advance,
         ):
             for layer in missing:

@@ -389,6 +389,7 @@ class _Work:
             memory_limit=f"{self.resources.memory_bytes}B",
             threads=self.resources.n_threads,
             temp_directory=scratch,
+            views="stored",
         )
 
     @contextlib.contextmanager
