@@ -30,77 +30,16 @@ def replace_inside(  # type: ignore[no-untyped-def]
     counts_BC (int64) grows: column 0 by the finite values of named neurons, column 1 + rule by the finite values that
     this rule replaced.
     """
+    open_N = np.empty(x_BTN.shape[2], np.int32)
     for b in range(x_BTN.shape[0]):
         s = slot_B[b]
-        n_rows = n_rows_S[s]
         for t in range(x_BTN.shape[1]):
             x_N, out_N = x_BTN[b, t], out_BTN[b, t]
-            if n_rows == 0 or not real_BT[b, t]:
-                out_N[:] = x_N
-            elif n_rows == 1:
-                k = rows_2SR[BANK, s, 0]
-                tested, changed = _by_one_row(x_N, named_SN[s], numbers_KFN[k], kinds_K2[k], out_N)
-                counts_BC[b, 0] += tested
-                counts_BC[b, 1 + rows_2SR[RULE, s, 0]] += changed
-            else:
-                rows_2R = rows_2SR[:, s, :n_rows]
-                counts_BC[b, 0] += _by_rows(x_N, named_SN[s], rows_2R, numbers_KFN, kinds_K2, out_N, counts_BC[b])
-
-
-@_jit
-def _by_one_row(x_N, named_N, numbers_FN, kinds_2, out_N):  # type: ignore[no-untyped-def]
-    """The most common case, without branches in its loops, so that they become vector instructions."""
-    lower_N, upper_N, a_N, b_N = numbers_FN[LOWER], numbers_FN[UPPER], numbers_FN[A], numbers_FN[B]
-    g_N, centre_N = numbers_FN[G], numbers_FN[CENTRE]
-    tested, changed, zero = np.int32(0), np.int32(0), np.float32(0)
-    if kinds_2[CONSTANT]:
-        for j in range(x_N.shape[0]):
-            x = x_N[j]
-            finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
-            out_N[j] = b_N[j] if inside else x
-            tested = np.int32(tested + np.int32(named_N[j] & finite))
-            changed = np.int32(changed + np.int32(np.int32(inside) & finite))
-    elif kinds_2[ADAPTIVE]:
-        for j in range(x_N.shape[0]):
-            x = x_N[j]
-            finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
-            replaced = x * (a_N[j] + g_N[j] * abs(x - centre_N[j])) + b_N[j]
-            out_N[j] = replaced if inside else x
-            tested = np.int32(tested + np.int32(named_N[j] & finite))
-            changed = np.int32(changed + np.int32(np.int32(inside) & finite))
-    else:
-        for j in range(x_N.shape[0]):
-            x = x_N[j]
-            finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
-            replaced = x * a_N[j] + b_N[j]
-            out_N[j] = replaced if inside else x
-            tested = np.int32(tested + np.int32(named_N[j] & finite))
-            changed = np.int32(changed + np.int32(np.int32(inside) & finite))
-    return tested, changed
-
-
-@_jit
-def _by_rows(x_N, named_N, rows_2R, numbers_KFN, kinds_K2, out_N, counts_C):  # type: ignore[no-untyped-def]
-    """Several rows; returns how many values were tested, and adds what each rule changed to counts_C."""
-    tested = 0
-    for j in range(x_N.shape[0]):
-        x = x_N[j]
-        finite = np.int32(x - x == 0)
-        tested += named_N[j] & finite
-        out_N[j] = x
-        for r in range(rows_2R.shape[1]):
-            k = rows_2R[BANK, r]
-            if numbers_KFN[k, LOWER, j] <= x <= numbers_KFN[k, UPPER, j]:
-                a, b = numbers_KFN[k, A, j], numbers_KFN[k, B, j]
-                if kinds_K2[k, CONSTANT]:
-                    out_N[j] = b
-                elif kinds_K2[k, ADAPTIVE]:
-                    out_N[j] = x * (a + numbers_KFN[k, G, j] * abs(x - numbers_KFN[k, CENTRE, j])) + b
-                else:
-                    out_N[j] = x * a + b
-                counts_C[1 + rows_2R[RULE, r]] += finite
-                break
-    return tested
+            for j in range(x_N.shape[0]):  # numba's own copy of a row takes as long as replacing its values
+                out_N[j] = x_N[j]
+            if n_rows_S[s] and real_BT[b, t]:
+                rows_2R = rows_2SR[:, s, : n_rows_S[s]]
+                _replace(out_N, named_SN[s], rows_2R, numbers_KFN, kinds_K2, open_N, counts_BC[b])
 
 
 @_jit
@@ -111,23 +50,90 @@ def replace_in_place(  # type: ignore[no-untyped-def]
 
     Token t, of `first` to `last`, runs under slot_T[t] and is counted in row t of counts_TC.
     """
-    # A loop that writes where it reads does not become vector instructions.
-    out_N = np.empty(x_TN.shape[1], x_TN.dtype)
+    open_N = np.empty(x_TN.shape[1], np.int32)
     for t in range(first, last):
         s = slot_T[t]
-        n_rows = n_rows_S[s]
-        if n_rows == 0:
-            continue
-        x_N, counts_C = x_TN[t], counts_TC[t]
-        if n_rows == 1:
-            k = rows_2SR[BANK, s, 0]
-            tested, changed = _by_one_row(x_N, named_SN[s], numbers_KFN[k], kinds_K2[k], out_N)
-            counts_C[0] += tested
-            counts_C[1 + rows_2SR[RULE, s, 0]] += changed
-        else:
-            rows_2R = rows_2SR[:, s, :n_rows]
-            counts_C[0] += _by_rows(x_N, named_SN[s], rows_2R, numbers_KFN, kinds_K2, out_N, counts_C)
-        x_N[:] = out_N
+        if n_rows_S[s]:
+            rows_2R = rows_2SR[:, s, : n_rows_S[s]]
+            _replace(x_TN[t], named_SN[s], rows_2R, numbers_KFN, kinds_K2, open_N, counts_TC[t])
+
+
+@_jit
+def _replace(x_N, named_N, rows_2R, numbers_KFN, kinds_K2, open_N, counts_C):  # type: ignore[no-untyped-def]
+    """One token's values, in place. open_N is room for what several rows tell each other."""
+    if rows_2R.shape[1] == 1:
+        k = rows_2R[BANK, 0]
+        tested, changed = _by_only_row(x_N, named_N, numbers_KFN[k], kinds_K2[k])
+        counts_C[0] += tested
+        counts_C[1 + rows_2R[RULE, 0]] += changed
+        return
+    counts_C[0] += _tested(x_N, named_N, open_N)
+    for r in range(rows_2R.shape[1]):
+        k = rows_2R[BANK, r]
+        counts_C[1 + rows_2R[RULE, r]] += _by_row(x_N, numbers_KFN[k], kinds_K2[k], open_N)
+
+
+# The loops below have no branch and write where they read, or to one more array: so they become vector instructions.
+
+
+@_jit
+def _by_only_row(x_N, named_N, numbers_FN, kinds_2):  # type: ignore[no-untyped-def]
+    lower_N, upper_N, a_N, b_N = numbers_FN[LOWER], numbers_FN[UPPER], numbers_FN[A], numbers_FN[B]
+    g_N, centre_N = numbers_FN[G], numbers_FN[CENTRE]
+    tested, changed, zero = np.int32(0), np.int32(0), np.float32(0)
+    if kinds_2[CONSTANT]:
+        for j in range(x_N.shape[0]):
+            x = x_N[j]
+            finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
+            x_N[j] = b_N[j] if inside else x
+            tested = np.int32(tested + np.int32(named_N[j] & finite))
+            changed = np.int32(changed + np.int32(np.int32(inside) & finite))
+    elif kinds_2[ADAPTIVE]:
+        for j in range(x_N.shape[0]):
+            x = x_N[j]
+            finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
+            replaced = x * (a_N[j] + g_N[j] * abs(x - centre_N[j])) + b_N[j]
+            x_N[j] = replaced if inside else x
+            tested = np.int32(tested + np.int32(named_N[j] & finite))
+            changed = np.int32(changed + np.int32(np.int32(inside) & finite))
+    else:
+        for j in range(x_N.shape[0]):
+            x = x_N[j]
+            finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
+            replaced = x * a_N[j] + b_N[j]
+            x_N[j] = replaced if inside else x
+            tested = np.int32(tested + np.int32(named_N[j] & finite))
+            changed = np.int32(changed + np.int32(np.int32(inside) & finite))
+    return tested, changed
+
+
+@_jit
+def _tested(x_N, named_N, open_N):  # type: ignore[no-untyped-def]
+    """Before several rows: how many values there are to test, and all of them open."""
+    tested, zero = np.int32(0), np.float32(0)
+    for j in range(x_N.shape[0]):
+        x = x_N[j]
+        tested = np.int32(tested + np.int32(named_N[j] & np.int32(x - x == zero)))
+        open_N[j] = 1
+    return tested
+
+
+@_jit
+def _by_row(x_N, numbers_FN, kinds_2, open_N):  # type: ignore[no-untyped-def]
+    """One of several rows; open_N is 1 where no row before it has decided."""
+    lower_N, upper_N, a_N, b_N = numbers_FN[LOWER], numbers_FN[UPPER], numbers_FN[A], numbers_FN[B]
+    g_N, centre_N = numbers_FN[G], numbers_FN[CENTRE]
+    changed, zero = np.int32(0), np.float32(0)
+    is_constant, is_adaptive = kinds_2[CONSTANT], kinds_2[ADAPTIVE]
+    for j in range(x_N.shape[0]):
+        x = x_N[j]
+        inside = np.int32((x >= lower_N[j]) & (x <= upper_N[j])) & open_N[j]
+        changed = np.int32(changed + np.int32(inside & np.int32(x - x == zero)))
+        slope = a_N[j] + g_N[j] * abs(x - centre_N[j]) if is_adaptive else a_N[j]
+        replaced = b_N[j] if is_constant else x * slope + b_N[j]
+        x_N[j] = replaced if inside else x
+        open_N[j] = np.int32(open_N[j] - inside)
+    return changed
 
 
 @_jit

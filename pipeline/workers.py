@@ -193,8 +193,9 @@ class Spares:
     """CPU workers that import their libraries while the driver plans, and keep them from one stage to the next, so that
     nobody waits for them.
 
-    Only where Ray runs on this machine alone and has no GPU: there it is known beforehand what a worker will be. They
-    reserve no cores, which the stages between theirs need.
+    Only where Ray is ours, on this machine alone and without a GPU: there it is known beforehand what a worker will be.
+    They reserve no cores, which the stages between theirs need. As many as the recipe asks for, by default and at most
+    one a core; no more than `at_most`.
     """
 
     def __init__(self, compute: ComputeSection, backend: str = "transformers", *, at_most: int | None = None) -> None:
