@@ -5,7 +5,8 @@
 Two engines in one process with the same options: vLLM's own worker, and ours with every layer of the store's hook point
 hooked. In turn: plain; ours without a program; one program on all layers for every request; sixteen programs, one for
 each of sixteen requests at a time. Prefill: prompts of TEXTS, one token each. Decode: sixteen sequences of a few prompt
-tokens and a hundred new ones. Of each repeat the ratio of tokens/s to plain's, then the median.
+tokens and many new ones. Of each repeat the ratio of tokens/s to plain's, then the median: many short repeats where the
+machine's speed drifts.
 """
 
 import argparse
@@ -25,7 +26,6 @@ from neuronlens.vllm.offline import steered
 from tests.benchmarks.bench_serving import read_texts, rules_of
 
 N_PROGRAMS = CONCURRENT = 16
-N_PROMPTS, N_DECODED = 256, 100
 TARGETS = {"no program": 0.99, "one program": 0.97, "16 programs": 0.94}
 
 
@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=100, help="new ones of a decoded sequence")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     asked = parser.parse_args()
@@ -50,10 +52,12 @@ def main() -> None:
     hook_point = programs[0].hook_points[0]
     plain, ours = engines(description["model"]["id"], hook_point, eager=asked.eager)
     tokenizer = plain.get_tokenizer()
-    prompts = [tokenizer(text).input_ids[:60] for text in read_texts(asked.texts)[:N_PROMPTS]]
+    prompts = [tokenizer(text).input_ids[:60] for text in read_texts(asked.texts)[: asked.prompts]]
     works: dict[str, Callable[[Any, Sequence[Program]], int]] = {
         "prefill": lambda llm, chosen: generate(llm, prompts, 1, chosen),
-        "decode": lambda llm, chosen: generate(llm, [prompt[:4] for prompt in prompts[:CONCURRENT]], N_DECODED, chosen),
+        "decode": lambda llm, chosen: generate(
+            llm, [prompt[:4] for prompt in prompts[:CONCURRENT]], asked.tokens, chosen
+        ),
     }
     ways: dict[str, tuple[Any, Sequence[Program]]] = {
         "plain": (plain, ()),
