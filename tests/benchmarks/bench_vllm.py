@@ -53,7 +53,7 @@ def main() -> None:
     plain, ours = engines(description["model"]["id"], hook_point, eager=asked.eager)
     tokenizer = plain.get_tokenizer()
     prompts = [tokenizer(text).input_ids[:60] for text in read_texts(asked.texts)[: asked.prompts]]
-    works: dict[str, Callable[[Any, Sequence[Program]], int]] = {
+    works: dict[str, Callable[[Any, Sequence[Program]], float]] = {
         "prefill": lambda llm, chosen: generate(llm, prompts, 1, chosen),
         "decode": lambda llm, chosen: generate(
             llm, [prompt[:4] for prompt in prompts[:CONCURRENT]], asked.tokens, chosen
@@ -74,6 +74,8 @@ def main() -> None:
             ratios = [mine / theirs for mine, theirs in zip(found, speeds["plain"], strict=True)]
             target = TARGETS.get(way, "")
             print(f"| {name} | {way} | {statistics.median(found):,.0f} | {statistics.median(ratios):.3f} | {target} |")
+    tickets = statistics.median(admitting(ours, programs[0]) for _ in range(asked.repeats))
+    print(f"\nA ticket for a program that has its slot: {tickets:.2f} ms")
 
 
 def engines(model: str, hook_point: str, *, eager: bool) -> tuple[Any, Any]:
@@ -94,8 +96,8 @@ def engines(model: str, hook_point: str, *, eager: bool) -> tuple[Any, Any]:
     return LLM(**options), LLM(**options, **ours)
 
 
-def generate(llm: Any, prompts: Sequence[list[int]], n_tokens: int, programs: Sequence[Program]) -> int:
-    """Run all prompts, request i under program i modulo their number; the tokens computed."""
+def generate(llm: Any, prompts: Sequence[list[int]], n_tokens: int, programs: Sequence[Program]) -> float:
+    """Run all prompts, request i under program i modulo their number; tokens/s from the first step to the last."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True, detokenize=False)
@@ -107,26 +109,33 @@ def generate(llm: Any, prompts: Sequence[list[int]], n_tokens: int, programs: Se
             inputs = [tickets[i % len(tickets)].prompt(prompt) for i, prompt in enumerate(prompts)]
             of_tickets = [ticket.sampling(params) for ticket in tickets]
             samplings = [of_tickets[i % len(tickets)] for i in range(len(prompts))]
+        start = time.perf_counter()
         outputs = llm.generate(inputs, samplings, use_tqdm=False)
+        seconds = time.perf_counter() - start
     if programs:
         assert all(ticket.counts.changed for ticket in tickets), "a program changed nothing"
-    return sum(len(output.outputs[0].token_ids) for output in outputs) if n_tokens > 1 else sum(map(len, prompts))
+    n_made = sum(len(output.outputs[0].token_ids) for output in outputs)
+    return (n_made if n_tokens > 1 else sum(map(len, prompts))) / seconds
+
+
+def admitting(llm: Any, program: Program) -> float:
+    """Milliseconds that a ticket takes, from asking to its release, where the program has a slot already."""
+    start = time.perf_counter()
+    with steered(llm, program):
+        pass
+    return (time.perf_counter() - start) * 1e3
 
 
 def measured(
-    work: Callable[[Any, Sequence[Program]], int], ways: dict[str, tuple[Any, Sequence[Program]]], repeats: int
+    work: Callable[[Any, Sequence[Program]], float], ways: dict[str, tuple[Any, Sequence[Program]]], repeats: int
 ) -> dict[str, list[float]]:
     """Tokens/s of each way, a round of all of them a repeat."""
     for llm, programs in ways.values():
         work(llm, programs)
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     for i in range(repeats):
-        order = list(ways) if i % 2 else list(reversed(ways))
-        for way in order:
-            llm, programs = ways[way]
-            start = time.perf_counter()
-            n_tokens = work(llm, programs)
-            speeds[way].append(n_tokens / (time.perf_counter() - start))
+        for way in list(ways) if i % 2 else list(reversed(ways)):
+            speeds[way].append(work(*ways[way]))
     return speeds
 
 

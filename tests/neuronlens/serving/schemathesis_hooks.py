@@ -123,9 +123,13 @@ def _known_rule(rule: dict[str, Any]) -> dict[str, Any]:
     """Fields that fit the action, as no schema says it."""
     rule = dict(rule)
     action = rule.get("action", "zero")
-    if action in ("zero", "mean", "dampen", "adaptive", "soften") and _is_number(rule.get("value")):
+    if action in ("zero", "mean", "others", "dampen", "adaptive", "soften") and _is_number(rule.get("value")):
         del rule["value"]
-    if action in ("zero", "mean", "set", "soften") and _is_number(rule.get("factor")) and 0 <= rule["factor"] <= 1:
+    if (
+        action in ("zero", "mean", "others", "set", "soften")
+        and _is_number(rule.get("factor"))
+        and 0 <= rule["factor"] <= 1
+    ):
         del rule["factor"]
     if action == "set" and rule.get("value") is None:
         rule["value"] = 1.0
