@@ -50,7 +50,6 @@ SHARDS_IN_HAND = 2
 """Shards that a collector holds at once: one in the model, one on its way to storage."""
 TOKENS_PER_BATCH = {"cpu": 1_024, "cuda": 16_384}
 
-
 # Bytes on disk as measured (docs/benchmarks.md): a row of partials, a bin of a histogram, a raw value by its width.
 PARTIAL_ROW_BYTES = 48
 HISTOGRAM_ROW_BYTES = 1.2
