@@ -35,6 +35,8 @@ def server():
 
 @pytest.fixture
 def s3(server):
+    """The module's server, with no requests counted and no failures due."""
+    server.forget()
     yield server
     server.forget()
     server.terse = False
