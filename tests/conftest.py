@@ -15,5 +15,5 @@ def one_thread():
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """A core each, and no more than four: each has a Ray of its own. Files or tests that were named run in this
     process, where a debugger can stop them: they would be over before other processes had begun."""
-    named = config.invocation_params.args
-    return 0 if any(arg.partition("::")[0].endswith(".py") for arg in map(str, named)) else min(4, os.cpu_count() or 1)
+    named = [arg for arg in map(str, config.invocation_params.args) if not arg.startswith("-")]
+    return 0 if any(arg.partition("::")[0].endswith(".py") for arg in named) else min(4, os.cpu_count() or 1)

@@ -34,6 +34,10 @@ LIBRARIES = (
     "pipeline.workers",
 )
 
+_READ_AT_IMPORT = "RAY_AUTH_MODE"
+"""`ray.init` sets it in the process that calls it. A fork's Ray has read it before, and could not log in to the cluster
+that it then starts."""
+
 
 def run_warm(
     module: str, *args: object, cwd: Path | str | None = None, binary: bool = False, timeout: float = 300
@@ -48,7 +52,7 @@ def run_warm(
             "module": module,
             "args": [str(arg) for arg in args],
             "cwd": str(cwd or Path.cwd()),
-            "environment": dict(os.environ),
+            "environment": {name: value for name, value in os.environ.items() if name != _READ_AT_IMPORT},
             **streams,
         }
         server.stdin.write(json.dumps(request) + "\n")

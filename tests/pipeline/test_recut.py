@@ -113,10 +113,15 @@ def _columns(shards: list[Shard], keep_S: np.ndarray) -> dict[tuple[int, int, st
 
 
 def _table(store: Store, view: str) -> pa.Table:
-    """A view's rows, sorted; counts summed over whatever files they stand in."""
-    query = "select layer, hook_point, neuron, concept, bin, sum(n)::bigint as n from histograms group by all"
+    return _tables(store, view)[view]
+
+
+def _tables(store: Store, *views: str) -> dict[str, pa.Table]:
+    """The rows of each view, sorted; counts summed over whatever files they stand in."""
+    histograms = "select layer, hook_point, neuron, concept, bin, sum(n)::bigint as n from histograms group by all"
     with connect(store.file_lists(), fs=store.fs) as con:
-        return con.sql(query if view == "histograms" else f"from {view}").order("all").to_arrow_table()
+        queries = {view: histograms if view == "histograms" else f"from {view}" for view in views}
+        return {view: con.sql(query).order("all").to_arrow_table() for view, query in queries.items()}
 
 
 def _expect(store: Store, columns: dict[tuple[int, int, str], np.ndarray], *, rtol: float) -> None:
@@ -505,9 +510,11 @@ def _lines(source: Path, rows, part: Path) -> Path:
 
 def _assert_same_numbers(ours: Store, theirs: Store, *, rtol: float) -> None:
     """Counts exactly, everything else to `rtol`."""
-    for view in ("histograms", "moments", "overlap", "salience"):
-        keys = ("layer", "hook_point", "neuron", "concept", "concept_a", "concept_b", "method", "bin")
-        a, b = (_table(store, view) for store in (ours, theirs))
+    views = ("histograms", "moments", "overlap", "salience")
+    keys = ("layer", "hook_point", "neuron", "concept", "concept_a", "concept_b", "method", "bin")
+    tables_a, tables_b = _tables(ours, *views), _tables(theirs, *views)
+    for view in views:
+        a, b = tables_a[view], tables_b[view]
         by = [(name, "ascending") for name in keys if name in a.column_names]
         a, b = a.sort_by(by), b.sort_by(by)
         assert a.column_names == b.column_names
