@@ -1,5 +1,6 @@
 """The command evaluate: what ranges erase and what they spare, under one setting or a sweep of them."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -73,35 +74,19 @@ def evaluate(
     asked = {"action": action, "factor": factor, "value": value, "layers": tuple(layers) if layers else None}
     edit = parse_section(Edit, {key: given for key, given in asked.items() if given is not None}, origin="evaluate")
     controls = parse_controls(control)
-    if sweeps:
-        grid = parse_grid(sweeps)
-        chosen = table_of_recipe(opened, recipe) if table is None else load_table(opened, table)
-        with ray_session(), Spares(recipe.compute, at_most=1) as spares:
-            rows = evaluate_sweep(
-                recipe,
-                opened,
-                chosen,
-                grid,
-                reporter,
-                edit,
-                controls=controls,
-                perplexity=bool(perplexity),
-                spares=spares,
-            )
-        stderr().print(sweep_table(rows))
-    else:
-        chosen = load_table(opened, table)
-        with ray_session(), Spares(recipe.compute, at_most=1) as spares:
-            rows = evaluate_table(
-                recipe,
-                opened,
-                chosen,
-                reporter,
-                edit,
-                controls=controls,
-                perplexity=perplexity is not False,
-                spares=spares,
-            )
-        stderr().print(erasure_table(rows))
+    stage = partial(evaluate_sweep, grid=parse_grid(sweeps)) if sweeps else evaluate_table
+    chosen = table_of_recipe(opened, recipe) if sweeps and table is None else load_table(opened, table)
+    with ray_session(), Spares(recipe.compute, at_most=1) as spares:
+        rows = stage(
+            recipe=recipe,
+            store=opened,
+            table=chosen,
+            reporter=reporter,
+            edit=edit,
+            controls=controls,
+            perplexity=not sweeps if perplexity is None else perplexity,
+            spares=spares,
+        )
+    stderr().print(sweep_table(rows) if sweeps else erasure_table(rows))
     if as_json:
         print_json({"rows": rows})

@@ -78,7 +78,7 @@ def run_here(place, root, **sections) -> None:
 
 def table_of(root, view, order):
     store = Store(str(root))
-    with connect(store.file_lists(), fs=store.fs) as con:
+    with connect(store.file_lists(), fs=store.fs, views="stored") as con:
         return con.sql(f"from {view} order by {order}").to_arrow_table()
 
 

@@ -119,7 +119,7 @@ def _table(store: Store, view: str) -> pa.Table:
 def _tables(store: Store, *views: str) -> dict[str, pa.Table]:
     """The rows of each view, sorted; counts summed over whatever files they stand in."""
     histograms = "select layer, hook_point, neuron, concept, bin, sum(n)::bigint as n from histograms group by all"
-    with connect(store.file_lists(), fs=store.fs) as con:
+    with connect(store.file_lists(), fs=store.fs, views="stored") as con:
         queries = {view: histograms if view == "histograms" else f"from {view}" for view in views}
         return {view: con.sql(query).order("all").to_arrow_table() for view, query in queries.items()}
 
@@ -235,6 +235,7 @@ def test_recut__takes_the_layers_whose_raw_values_were_kept(shards, tmp_path, ne
     _expect(new, {key: x_S for key, x_S in columns.items() if key[0] == 1}, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_recut__works_with_two_hundred_concepts(tmp_path, new):
     shards = _values([f"{ODD[k % 4]} {k}" for k in range(200)], n_each=1, n_samples=2)
     write_store(tmp_path / "old", [Shard(concept=s.concept, x_LSN=s.x_LSN[:1, :, :2]) for s in shards])

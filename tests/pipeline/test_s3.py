@@ -1,9 +1,6 @@
 """A run on a real S3 API: the same tables as in a folder, and the same damage survived."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -20,6 +17,7 @@ from pipeline.frozen import load_shards
 from pipeline.lease import Lease, StoreHeld
 from tests.pipeline.runs import assert_same_tables, recipe_file
 from tests.s3 import S3Server
+from tests.warm import run_warm
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +62,7 @@ def copy(s3, whole, request):
 
 
 def run_command(recipe_path, store):
-    command = [sys.executable, "-m", "tests.faulty_cli", "run", str(recipe_path), "--store", store, "--json"]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=300, check=False)
+    done = run_warm("tests.faulty_cli", "run", recipe_path, "--store", store, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
