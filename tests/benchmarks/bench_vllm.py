@@ -7,7 +7,8 @@ hooked. In turn: plain; ours without a program; one program on all layers for ev
 each of sixteen requests at a time. Prefill: prompts of TEXTS, one token each. Decode: sixteen sequences of a few prompt
 tokens and many new ones. Of each repeat the ratio of tokens/s to plain's, then the median: many short repeats where the
 machine's speed drifts. Of two equal engines in a process one is some per cent faster: run it both ways, with
---ours-first and without.
+--ours-first and without. Beside it, by a clock around our hooks, seats and counts, their share of those seconds, which
+no other engine and no neighbour on the machine changes; what they cost the caches is not in it.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +55,10 @@ def main() -> None:
     programs = [Program.compile(table, rules) for rules in rules_of(asked.store, N_PROGRAMS)]
     hook_point = programs[0].hook_points[0]
     plain, ours = engines(description["model"]["id"], hook_point, eager=asked.eager, ours_first=asked.ours_first)
+    clock = Clock.inside(ours)
     tokenizer = plain.get_tokenizer()
     prompts = [tokenizer(text).input_ids[:60] for text in read_texts(asked.texts)[: asked.prompts]]
-    works: dict[str, Callable[[Any, Sequence[Program]], float]] = {
+    works: dict[str, Work] = {
         "prefill": lambda llm, chosen: generate(llm, prompts, 1, chosen),
         "decode": lambda llm, chosen: generate(
             llm, [prompt[:4] for prompt in prompts[:CONCURRENT]], asked.tokens, chosen
@@ -69,15 +72,65 @@ def main() -> None:
     }
     print(f"{hook_point}, {len(programs[0].layers)} layers, {'eager' if asked.eager else 'compiled'}, "
           f"{asked.threads} threads, {asked.repeats} repeats\n")  # fmt: skip
-    print("| work | way | tokens/s | to plain | target |\n|---|---|---|---|---|")
+    print("| work | way | tokens/s | to plain | target | 1 - our share |\n|---|---|---|---|---|---|")
     for name, work in works.items():
-        speeds = measured(work, ways, asked.repeats)
-        for way, found in speeds.items():
-            ratios = [mine / theirs for mine, theirs in zip(found, speeds["plain"], strict=True)]
-            target = TARGETS.get(way, "")
-            print(f"| {name} | {way} | {statistics.median(found):,.0f} | {statistics.median(ratios):.3f} | {target} |")
+        runs = measured(work, ways, asked.repeats, clock)
+        plain_speeds = [run.speed for run in runs["plain"]]
+        for way, found in runs.items():
+            speed = statistics.median(run.speed for run in found)
+            ratio = statistics.median(run.speed / theirs for run, theirs in zip(found, plain_speeds, strict=True))
+            share = statistics.median(run.inside / run.seconds for run in found)
+            print(f"| {name} | {way} | {speed:,.0f} | {ratio:.3f} | {TARGETS.get(way, '')} | {1 - share:.3f} |")
     tickets = statistics.median(admitting(ours, programs[0]) for _ in range(asked.repeats))
     print(f"\nA ticket for a program that has its slot: {tickets:.2f} ms")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One run of a work: from its first step to its last, and what of that was ours."""
+
+    n_tokens: int
+    seconds: float
+    inside: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        return self.n_tokens / self.seconds
+
+
+Work = Callable[[Any, Sequence[Program]], Run]
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds that our parts of a worker's steps have taken so far."""
+
+    seconds: float = 0.0
+
+    @classmethod
+    def inside(cls, llm: Any) -> "Clock":
+        """A clock around what our worker adds to a step, from now on."""
+        clock = cls()
+
+        def wrap(worker: Any) -> None:
+            clock._around(worker.board, "run")
+            clock._around(worker.board, "rest")
+            clock._around(worker.tickets, "seat")
+
+        llm.collective_rpc(wrap)
+        return clock
+
+    def _around(self, owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return inner(*args)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        setattr(owner, name, timed)
 
 
 def engines(model: str, hook_point: str, *, eager: bool, ours_first: bool) -> tuple[Any, Any]:
@@ -101,8 +154,8 @@ def engines(model: str, hook_point: str, *, eager: bool, ours_first: bool) -> tu
     return LLM(**options), LLM(**options, **ours)
 
 
-def generate(llm: Any, prompts: Sequence[list[int]], n_tokens: int, programs: Sequence[Program]) -> float:
-    """Run all prompts, request i under program i modulo their number; tokens/s from the first step to the last."""
+def generate(llm: Any, prompts: Sequence[list[int]], n_tokens: int, programs: Sequence[Program]) -> Run:
+    """Run all prompts, request i under program i modulo their number."""
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True, detokenize=False)
@@ -120,7 +173,7 @@ def generate(llm: Any, prompts: Sequence[list[int]], n_tokens: int, programs: Se
     if programs:
         assert all(ticket.counts.changed for ticket in tickets), "a program changed nothing"
     n_made = sum(len(output.outputs[0].token_ids) for output in outputs)
-    return (n_made if n_tokens > 1 else sum(map(len, prompts))) / seconds
+    return Run(n_tokens=n_made if n_tokens > 1 else sum(map(len, prompts)), seconds=seconds)
 
 
 def admitting(llm: Any, program: Program) -> float:
@@ -132,16 +185,18 @@ def admitting(llm: Any, program: Program) -> float:
 
 
 def measured(
-    work: Callable[[Any, Sequence[Program]], float], ways: dict[str, tuple[Any, Sequence[Program]]], repeats: int
-) -> dict[str, list[float]]:
-    """Tokens/s of each way, a round of all of them a repeat."""
+    work: Work, ways: dict[str, tuple[Any, Sequence[Program]]], repeats: int, clock: Clock
+) -> dict[str, list[Run]]:
+    """The runs of each way, a round of all of them a repeat."""
     for llm, programs in ways.values():
         work(llm, programs)
-    speeds: dict[str, list[float]] = {way: [] for way in ways}
+    runs: dict[str, list[Run]] = {way: [] for way in ways}
     for i in range(repeats):
         for way in list(ways) if i % 2 else list(reversed(ways)):
-            speeds[way].append(work(*ways[way]))
-    return speeds
+            before = clock.seconds
+            run = work(*ways[way])
+            runs[way].append(replace(run, inside=clock.seconds - before))
+    return runs
 
 
 if __name__ == "__main__":
