@@ -11,9 +11,7 @@ cannot be reached is asked again for a while.
 import json
 import os
 import random
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
 
 from neuronlens.errors import NeuronLensError, RunFailed, UsageError
+from neuronlens.recent import Recent
 
 if TYPE_CHECKING:
     import httpx
@@ -57,7 +56,7 @@ class Client:
         # zstd halves what has to travel, which pays wherever something travels. Arrow undoes it: httpx may not.
         coding = "identity" if host in _LOOPBACK else "zstd"
         self._http = httpx.Client(headers={"Accept-Encoding": coding}, timeout=timeout)
-        self._kept = _Kept(_KEPT_BYTES)
+        self._kept: Recent[Hashable, _Answer] = Recent(_KEPT_BYTES, lambda answer: len(answer.body), keeps_newest=False)
 
     def __enter__(self) -> "Client":
         return self
@@ -305,28 +304,6 @@ class _Answer:
         except (ValueError, KeyError, TypeError):
             text = self.body[:200].decode(errors="replace").strip()
             return f"it answered with status {self.status}{': ' if text else ''}{text}"
-
-
-class _Kept:
-    """Answers with their ETags, those asked for last, up to a number of bytes."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self.n_bytes = n_bytes
-        self._lock = threading.Lock()
-        self._answers: OrderedDict[Hashable, _Answer] = OrderedDict()
-
-    def get(self, name: Hashable) -> _Answer | None:
-        with self._lock:
-            if name in self._answers:
-                self._answers.move_to_end(name)
-            return self._answers.get(name)
-
-    def put(self, name: Hashable, answer: _Answer) -> None:
-        with self._lock:
-            self._answers[name] = answer
-            self._answers.move_to_end(name)
-            while sum(len(kept.body) for kept in self._answers.values()) > self.n_bytes:
-                self._answers.popitem(last=False)
 
 
 def _checked_url(url: str) -> tuple[str, str]:

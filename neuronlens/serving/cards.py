@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any, Protocol, TypeVar, cast
 from neuronlens.errors import NeuronLensError, UsageError
 from neuronlens.hookpoints import parse_hook_point
 from neuronlens.ranges import RangeTable
+from neuronlens.recent import Recent
 from neuronlens.serving.card_blocks import Block, ByNeuron, SiteFiles, StoreBlocks, Unreadable
 from neuronlens.serving.catalog import LATEST, Catalog
 from neuronlens.serving.errors import ApiError
@@ -108,9 +108,7 @@ class CardShelf:
     def __init__(self, stores: Sequence[Store], catalog: Catalog, *, max_bytes: int = MAX_BYTES) -> None:
         self._catalog = catalog
         self._stores = [StoreBlocks(store) for store in stores]
-        self._max_bytes = max_bytes
-        self._held: OrderedDict[Hashable, _Sized] = OrderedDict()
-        self._n_bytes = 0
+        self._held: Recent[Hashable, _Sized] = Recent(max_bytes, lambda held: held.n_bytes)
         self._coming: dict[Hashable, asyncio.Future[Any]] = {}
         self._receipts: dict[tuple[StoreBlocks, Site], tuple[float, SiteFiles | None]] = {}
         self._readers = ThreadPoolExecutor(_N_READERS, thread_name_prefix="neuronlens-cards")
@@ -118,7 +116,7 @@ class CardShelf:
     @property
     def n_bytes(self) -> int:
         """What is held now."""
-        return self._n_bytes
+        return self._held.n_bytes
 
     async def find(self, hook_point: str, layer: int, neuron: int, *, table: str = LATEST) -> Found:
         """The card's sources. Raises ApiError: 404 for a table, hook point, layer or neuron that there is not, 503
@@ -220,7 +218,7 @@ class CardShelf:
         _, known = self._receipts.get((store, site), (0.0, None))
         self._receipts[store, site] = (time.monotonic(), found or known)
         if found is not None and known not in (None, found):
-            self._drop(lambda held: isinstance(held, tuple) and known in held)
+            self._held.drop(lambda key: isinstance(key, tuple) and known in key)
         return found
 
     # --- what is held --------------------------------------------------------------------------------------------
@@ -230,8 +228,7 @@ class CardShelf:
         held = self._held.get(key)
         if held is None:
             held = await self._share(key, read, pool)
-            self._put(key, held)
-        self._held.move_to_end(key)
+            self._held.put(key, held)
         return cast(T, held)
 
     async def _share(self, key: Hashable, read: Callable[[], Any], pool: ThreadPoolExecutor | None = None) -> Any:
@@ -243,24 +240,12 @@ class CardShelf:
             coming.add_done_callback(lambda _: self._coming.pop(key))
         return await asyncio.shield(coming)
 
-    def _put(self, key: Hashable, value: _Sized) -> None:
-        if key not in self._held:
-            self._held[key] = value
-            self._n_bytes += value.n_bytes
-        self._held.move_to_end(key)
-        while self._n_bytes > self._max_bytes and len(self._held) > 1:
-            self._n_bytes -= self._held.popitem(last=False)[1].n_bytes
-
-    def _drop(self, is_old: Callable[[Hashable], bool]) -> None:
-        for key in [key for key in self._held if is_old(key)]:
-            self._n_bytes -= self._held.pop(key).n_bytes
-
     async def _warm_up(self, deadline: float) -> None:
         latest = await asyncio.to_thread(self._catalog.get, LATEST)
         for store in self._stores_of(latest):
             for hook_point, layer in itertools.product(store.widths, store.layers):
                 for number in range(store.n_blocks(hook_point)):
-                    if time.monotonic() > deadline or self._n_bytes > self._max_bytes / 2:
+                    if time.monotonic() > deadline or self._held.n_bytes > self._held.max_bytes / 2:
                         return
                     await self.find(hook_point, layer, number * store.neurons_a_block)
 

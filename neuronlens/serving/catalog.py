@@ -11,7 +11,6 @@ import posixpath
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 
 from neuronlens.errors import NeuronLensError, RunFailed, UsageError
 from neuronlens.ranges import RangeTable, TableHeader, parse_header
+from neuronlens.recent import Recent
 from neuronlens.retry import StorageFailed, StoreUnusable, retried
 from neuronlens.serving.errors import ApiError
 from neuronlens.serving.logs import log
@@ -75,8 +75,9 @@ class Catalog:
             self._uploads = _upload_folder(uploads)
             self._shelves.append(_Shelf(self._uploads, one_table=False))
         self._n_sources = len(opened)
-        self._cache = _Cache(cache_bytes)
+        self._cache: Recent[str, TableIndex] = Recent(cache_bytes, lambda index: index.table.rows.nbytes)
         self._scan_lock, self._add_lock = threading.Lock(), threading.Lock()
+        self._load_locks: dict[str, threading.Lock] = {}
         self._listing = _Listing((), {}, {})
         self._scan_started = time.monotonic()
         for shelf in self._shelves:
@@ -129,7 +130,7 @@ class Catalog:
             index = self._cache.get(entry.id)
             if index is not None:
                 return index
-            with self._cache.loading(entry.id):
+            with self._load_locks.setdefault(entry.id, threading.Lock()):
                 index = self._cache.get(entry.id) or self._load(entry)
             if index is not None:
                 return index
@@ -242,7 +243,7 @@ class Catalog:
                 shelf_of.setdefault(entry.id, shelf)
         newest_first = sorted(found.values(), key=lambda entry: (-entry.created.timestamp(), entry.id))
         self._listing = _Listing(tuple(newest_first), found, shelf_of)
-        self._cache.keep(found.keys())
+        self._cache.drop(lambda table_id: table_id not in found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,40 +333,6 @@ class _Shelf:
             return retried(f"look at {path}", lambda: (fs.modified(path), fs.size(path)))
         except (FileNotFoundError, NotADirectoryError):
             return None
-
-
-class _Cache:
-    """Tables in memory, those asked for last, up to a number of bytes; the last one stays whatever its size."""
-
-    def __init__(self, n_bytes: int) -> None:
-        self.n_bytes = n_bytes
-        self._lock = threading.Lock()
-        self._held: OrderedDict[str, TableIndex] = OrderedDict()
-        self._loading: dict[str, threading.Lock] = {}
-
-    def get(self, table_id: str) -> TableIndex | None:
-        with self._lock:
-            if table_id in self._held:
-                self._held.move_to_end(table_id)
-            return self._held.get(table_id)
-
-    def put(self, table_id: str, index: TableIndex) -> None:
-        with self._lock:
-            self._held[table_id] = index
-            self._held.move_to_end(table_id)
-            while len(self._held) > 1 and sum(held.table.rows.nbytes for held in self._held.values()) > self.n_bytes:
-                self._held.popitem(last=False)
-
-    def keep(self, table_ids: Any) -> None:
-        """Forget all others."""
-        with self._lock:
-            for table_id in self._held.keys() - table_ids:
-                del self._held[table_id]
-
-    def loading(self, table_id: str) -> threading.Lock:
-        """Held by the one thread that reads this table."""
-        with self._lock:
-            return self._loading.setdefault(table_id, threading.Lock())
 
 
 def _storage_failed(error: RunFailed, what: str) -> ApiError:

@@ -32,8 +32,6 @@ NAME = "neuronlens"
 _HEALTH_PERIOD_SECONDS = 5
 _HEALTH_TIMEOUT_SECONDS = 30
 _DRAIN_LOOP_SECONDS = 0.5
-_SWITCH_SECONDS = 0.0005
-"""As in `server`: the engine works in a thread of its own."""
 _MAX_STARTS = 3
 """How often a replica that does not start is tried again: what fails is a model or a store, and stays so."""
 
@@ -132,7 +130,8 @@ def application_of(args: DeployArgs) -> FastAPI:
 def _settle_in(args: DeployArgs) -> None:
     """Make the replica's process the server's."""
     from neuronlens.serving.logs import configure
+    from neuronlens.serving.server import SWITCH_SECONDS
 
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(args.cpus_per_replica))))  # read when torch is imported
     configure()

@@ -25,7 +25,7 @@ from neuronlens.serving.logs import log
 from neuronlens.serving.service import Service
 from neuronlens.serving.wire import bounded_http
 
-_SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0005
 """The engine works in a thread of its own; Python's usual 5 ms would be a wait at each token."""
 _KEEP_ALIVE_SECONDS = 75
 """Longer than the pools of common clients keep a connection, so that none sends into one that we are closing."""
@@ -79,7 +79,7 @@ def serve_forever(
 ) -> None:
     """Serve until a signal ends it, and drain. Raises RunFailed where requests had to be cut off, UsageError where
     someone else took the port meanwhile."""
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         place.socket.listen(_BACKLOG)
     except OSError as error:

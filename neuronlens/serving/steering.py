@@ -1,14 +1,14 @@
 """From a request's `intervention` to a program that the engine can run, and back to what the answer says of it."""
 
 import math
-import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from neuronlens.errors import UsageError
 from neuronlens.programs import Program, Rule, first_conflict
 from neuronlens.ranges import RangeTable
+from neuronlens.recent import Recent
 from neuronlens.serving.catalog import Catalog
 from neuronlens.serving.engine import Counts, EngineFacts
 from neuronlens.serving.errors import ApiError
@@ -61,8 +61,7 @@ class Steering:
         self._catalog = catalog
         self._facts = facts
         self._max_rules = max_rules
-        self._kept: OrderedDict[tuple[str, str], Steered] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: Recent[tuple[str, str], Steered] = Recent(_KEPT_BYTES, lambda steered: steered.n_bytes)
 
     def steer(self, asked: Intervention) -> Steered:
         """The program of these rules. Raises ApiError: 400 rules that the table cannot serve or layers that the model
@@ -71,12 +70,12 @@ class Steering:
             raise _refused(f"The intervention has {len(asked.rules)} rules, at most {self._max_rules} are taken.")
         table = self._table(asked.table)
         key = (table.id, asked.model_dump_json(include={"rules", "mode"}))
-        kept = self._get(key)
+        kept = self._kept.get(key)
         if kept is None:
             self._check_model(table)
             kept = _compiled(table, asked)
             self._check_sites(kept.program)
-            self._keep(key, kept)
+            self._kept.put(key, kept)
         if asked.conflicts == "refuse":
             _refuse_conflicts(kept.program)
         return replace(kept, asked=asked)
@@ -108,18 +107,6 @@ class Steering:
                     f"Layer {site.layer} of {site.hook_point}, with {site.width} neurons, is not hooked in this model. "
                     f"It has: {', '.join(f'{name} in layers {list(at)}' for name, at in self._facts.sites.items())}."
                 )
-
-    def _get(self, key: tuple[str, str]) -> Steered | None:
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-            return self._kept.get(key)
-
-    def _keep(self, key: tuple[str, str], steered: Steered) -> None:
-        with self._lock:
-            self._kept[key] = steered
-            while len(self._kept) > 1 and sum(one.n_bytes for one in self._kept.values()) > _KEPT_BYTES:
-                self._kept.popitem(last=False)
 
 
 def _compiled(table: RangeTable, asked: Intervention) -> Steered:
