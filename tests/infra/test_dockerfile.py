@@ -36,7 +36,7 @@ def test_images__carry_this_version_everywhere():
         assert images == {f"registry.example.com/neuronlens:{VERSION}-{target}" for target in ("cpu", "gpu")}
 
 
-def test_images__have_the_packages_of_the_server_and_of_its_replicas():
+def test_images__have_the_packages_of_every_job_and_of_the_server():
     for installed in re.findall(r"\[([\w,]+)\]\" \"ray\[([\w,]+)\]", DOCKERFILE):
-        assert {"cluster", "s3", "serve", "deploy"} == set(installed[0].split(","))
+        assert {"cluster", "deploy", "finetune", "probe", "s3", "serve"} == set(installed[0].split(","))
         assert {"default", "serve"} == set(installed[1].split(","))
