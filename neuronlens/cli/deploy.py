@@ -14,6 +14,17 @@ import typer
 import yaml
 
 from neuronlens.cli.app import JsonOption, app
+from neuronlens.cli.serving_options import (
+    AllowOriginOption,
+    ChatTemplateOption,
+    DtypeOption,
+    LogPromptsOption,
+    ModelOption,
+    NoAuthOption,
+    RevisionOption,
+    SourcesArgument,
+    TablesOnlyOption,
+)
 from neuronlens.console import print_json, stderr
 from neuronlens.errors import RunFailed, UsageError
 
@@ -39,12 +50,8 @@ _IMPORT_PATH = "neuronlens.serving.ray_serve:build"
     "· `neuronlens deploy STORE --print-config > serve.yaml` for `serve deploy serve.yaml`."
 )
 def deploy(
-    sources: Annotated[
-        list[str] | None, typer.Argument(metavar="SOURCES...", help="Stores, and folders of single range tables.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The model, a folder or a hub id [default: the one that the store names].")
-    ] = None,
+    sources: SourcesArgument = None,
+    model: ModelOption = None,
     replicas: Annotated[int, typer.Option(min=1, help="Copies of the server, each with a model of its own.")] = 2,
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="As many as the load needs, from --replicas up to this.")
@@ -55,34 +62,27 @@ def deploy(
     ] = None,
     gpus_per_replica: Annotated[str, typer.Option(help="auto is 1 where the cluster has GPUs.")] = _AUTO,
     cpus_per_replica: Annotated[str, typer.Option(help="auto shares the cores of the cluster out.")] = _AUTO,
-    tables_only: Annotated[bool, typer.Option("--tables-only", help="Serve range tables and cards, no text.")] = False,
+    tables_only: TablesOnlyOption = False,
     host: Annotated[str, typer.Option(help="Where each node listens; 0.0.0.0 for every address.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one of this machine.")] = 8000,
     api_key_file: Annotated[
         Path | None,
         typer.Option(help="Keys, a file on every node; also in NEURONLENS_API_KEY (read) and NEURONLENS_WRITE_KEY."),
     ] = None,
-    no_auth: Annotated[
-        int, typer.Option("--no-auth", count=True, help="Twice: listen on a public address without keys.")
-    ] = 0,
+    no_auth: NoAuthOption = 0,
     uploads: Annotated[
         str | None,
         typer.Option(help="Where uploaded tables go, a folder or URL of all nodes [default: the first store]."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = "auto",
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass of a replica.")] = 32,
     cache_gb: Annotated[
         float | None, typer.Option(min=0.001, help="For keys and values of a replica [default: by the free memory].")
     ] = None,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(help="A Jinja file, or plain: the texts in a row [default: the tokenizer's own]."),
-    ] = None,
-    allow_origin: Annotated[
-        list[str] | None, typer.Option(help="A web origin whose pages may call the server. Repeatable.")
-    ] = None,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put prompts and answers into the log.")] = False,
+    chat_template: ChatTemplateOption = None,
+    allow_origin: AllowOriginOption = None,
+    log_prompts: LogPromptsOption = False,
     limit: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=NUMBER", help="One of serve's limits: queue=256 is its --max-queue. Repeatable."),

@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuronlens.cli.app import app
+from neuronlens.cli.serving_options import (
+    AllowOriginOption,
+    ChatTemplateOption,
+    DtypeOption,
+    LogPromptsOption,
+    ModelOption,
+    NoAuthOption,
+    RevisionOption,
+    SourcesArgument,
+    TablesOnlyOption,
+)
 from neuronlens.console import print_json, stderr
 from neuronlens.errors import UsageError
 
@@ -39,12 +50,8 @@ def _limit(name: str, help: str, default: str) -> Any:
     "`write KEY` for each key."
 )
 def serve(
-    sources: Annotated[
-        list[str] | None, typer.Argument(metavar="SOURCES...", help="Stores, and folders of single range tables.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The model, a folder or a hub id [default: the one that the store names].")
-    ] = None,
+    sources: SourcesArgument = None,
+    model: ModelOption = None,
     engine: Annotated[
         EngineName, typer.Option(help="What runs the model: transformers in this process, or vLLM's own server.")
     ] = EngineName.transformers,
@@ -52,32 +59,25 @@ def serve(
         list[str] | None,
         typer.Option(metavar="OPTION", help="Goes to vllm serve: --vllm-option=--tensor-parallel-size=2. Repeatable."),
     ] = None,
-    tables_only: Annotated[bool, typer.Option("--tables-only", help="Serve range tables and cards, no text.")] = False,
+    tables_only: TablesOnlyOption = False,
     host: Annotated[str, typer.Option(help="Where to listen; 0.0.0.0 for every address.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key_file: Annotated[
         Path | None, typer.Option(help="Keys; also in NEURONLENS_API_KEY (read) and NEURONLENS_WRITE_KEY.")
     ] = None,
-    no_auth: Annotated[
-        int, typer.Option("--no-auth", count=True, help="Twice: listen on a public address without keys.")
-    ] = 0,
+    no_auth: NoAuthOption = 0,
     uploads: Annotated[
         str | None, typer.Option(help="Where uploaded tables go, a folder or URL [default: the first store].")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:0.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of the model on a CPU [default: one core less, for the requests].")
     ] = None,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(help="A Jinja file, or plain: the texts in a row [default: the tokenizer's own]."),
-    ] = None,
-    allow_origin: Annotated[
-        list[str] | None, typer.Option(help="A web origin whose pages may call the server. Repeatable.")
-    ] = None,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Put prompts and answers into the log.")] = False,
+    chat_template: ChatTemplateOption = None,
+    allow_origin: AllowOriginOption = None,
+    log_prompts: LogPromptsOption = False,
     drain_seconds: Annotated[float, typer.Option(min=0, help="What running requests get when the server ends.")] = 30,
     max_batch: Annotated[
         int, typer.Option(min=1, help="Sequences in one forward pass.", rich_help_panel="Limits")
