@@ -1,8 +1,10 @@
 """What can be read again, kept in memory up to a number of bytes: the values that were used last.
 
-tables = Recent(2 << 30, lambda table: table.rows.nbytes)
-tables.put("tbl_0123456789abcdef", table)
-tables.get("tbl_0123456789abcdef")
+    tables = Recent(2 << 30, lambda table: table.rows.nbytes)
+    tables.put("tbl_0123456789abcdef", table)
+    tables.get("tbl_0123456789abcdef")
+
+A value says the same size each time that it is asked.
 """
 
 import threading

@@ -78,6 +78,7 @@ class Catalog:
         self._cache: Recent[str, TableIndex] = Recent(cache_bytes, lambda index: index.table.rows.nbytes)
         self._scan_lock, self._add_lock = threading.Lock(), threading.Lock()
         self._load_locks: dict[str, threading.Lock] = {}
+        """Of a table, held by the one thread that reads it."""
         self._listing = _Listing((), {}, {})
         self._scan_started = time.monotonic()
         for shelf in self._shelves:

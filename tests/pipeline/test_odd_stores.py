@@ -1,6 +1,10 @@
 """Every command on stores that are not like the demo's: odd names, one concept, 200 concepts."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +17,14 @@ pytestmark = pytest.mark.slow
 ODD = ("it's joy", 'fear "x"', "läs/anger 怒り", "a; drop view moments --", "<b>$x^2$ & {text}</b>", "../..", " ")
 
 
-def neuronlens(*args: str, cwd: Path) -> str:
+def run_cold(module: str, *args: str, cwd: Path) -> subprocess.CompletedProcess:
+    """`run_warm`, as a person's command starts."""
+    return subprocess.run([sys.executable, "-m", module, *args], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def _said(run: Callable[..., subprocess.CompletedProcess], *args: str, cwd: Path) -> str:
     """What a command prints on stdout; fails where it does."""
-    done = run_warm("neuronlens", *args, cwd=cwd)
+    done = run("neuronlens", *args, cwd=cwd)
     assert done.returncode == 0, f"{args}: {done.stderr[-2000:]}"
     assert "Traceback" not in done.stderr
     return done.stdout
@@ -41,8 +50,11 @@ def _folder(root: Path, concepts: list[str], n_texts: int) -> Path:
     return root
 
 
-def _ask_everything(folder: Path, concepts: list[str]) -> None:
+def _ask_everything(
+    folder: Path, concepts: list[str], run: Callable[..., subprocess.CompletedProcess] = run_warm
+) -> None:
     """Every command, on the store itself and on a cut of it."""
+    neuronlens = partial(_said, run)
     summary = json.loads(neuronlens("run", "recipe.yaml", "--store", "it's a store", "--json", cwd=folder))
     assert {row["concept"] for row in summary["rows"]} == {*concepts, None}
     neuronlens("recut", "it's a store", "-o", "cut", "--where", f'"row" // {len(concepts)} % 2 = 0', cwd=folder)
@@ -65,7 +77,7 @@ def _ask_everything(folder: Path, concepts: list[str]) -> None:
 
 
 def test_commands__take_any_name(tmp_path):
-    _ask_everything(_folder(tmp_path, list(ODD), n_texts=12), list(ODD))
+    _ask_everything(_folder(tmp_path, list(ODD), n_texts=12), list(ODD), run_cold)
 
 
 def test_commands__take_one_concept(tmp_path):
