@@ -14,6 +14,7 @@ from neuronlens.vllm.canary import check_hooks
 from neuronlens.vllm.collector import Collector, Unit, attach_collecting_hooks, check_eager
 from neuronlens.vllm.config import KEY, WorkerConfig
 from neuronlens.vllm.features import check_features
+from neuronlens.vllm.freed_memory import keep_freed_memory
 from neuronlens.vllm.hooks import attach_hooks
 from neuronlens.vllm.runner import watch_model_state, watch_runner
 from neuronlens.vllm.sites import RankSite, find_rank_sites
@@ -41,6 +42,8 @@ class SteeringWorker:
     def load_model(self, **kwargs: Any) -> None:
         super().load_model(**kwargs)  # type: ignore[misc]
         runner: Any = self.model_runner  # type: ignore[attr-defined]
+        if runner.device.type == "cpu":
+            keep_freed_memory()
         self.rank_sites = self.find_sites(runner.model)
         self.at_work: Board | Collector
         if self.lens_config.mode == "collect":
