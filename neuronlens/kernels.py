@@ -23,6 +23,7 @@ MEAN, M2, M3, M4, SUM_ABS, LOW, HIGH = range(7)
 N_STATE = 7
 
 _jit = numba.njit(nogil=True, cache=True, error_model="numpy")
+_part = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @_jit
@@ -42,7 +43,8 @@ def accumulate(x_RN, rows_K, j_first, j_last, n_N, n_nonfinite_N, state_SN, coun
             block_K = rows_K[first : first + BLOCK_ROWS]
             _sum_powers(x_RN, block_K, j0, j1, centre_J, sums_SJ)
             if counts_NB.shape[0] > 0:
-                _count_bins(x_RN, block_K, j0, j1, bins_RJ, counts_NB.reshape(-1))
+                _find_bins(x_RN, block_K, j0, j1, bins_RJ)
+                _count_bins(bins_RJ, block_K.shape[0], j0, j1, counts_NB.reshape(-1))
             for j in range(j0, j1):
                 if np.isfinite(sums_SJ[M4, j - j0]):
                     _merge_block(block_K.shape[0], centre_J[j - j0], sums_SJ[:, j - j0], j, n_N, state_SN)
@@ -50,59 +52,98 @@ def accumulate(x_RN, rows_K, j_first, j_last, n_N, n_nonfinite_N, state_SN, coun
                     _merge_column_exactly(x_RN, block_K, j, n_N, n_nonfinite_N, state_SN, counts_NB)
 
 
-@_jit
+@_part
 def _sum_powers(x_RN, rows_K, j0, j1, centre_J, sums_SJ):  # type: ignore[no-untyped-def]
-    n_columns = j1 - j0
+    """Four rows at a time, since the sums of a column are loaded and stored once for all four; in the order of the rows,
+    so that the result is to the last bit that of row after row."""
+    n_columns, n_rows = j1 - j0, rows_K.shape[0]
+    n_in_fours = n_rows - n_rows % 4
     centre_J[:n_columns] = 0
-    for k in range(rows_K.shape[0]):
+    for k in range(0, n_in_fours, 4):
+        a_J, b_J = x_RN[rows_K[k], j0:j1], x_RN[rows_K[k + 1], j0:j1]
+        c_J, d_J = x_RN[rows_K[k + 2], j0:j1], x_RN[rows_K[k + 3], j0:j1]
+        for j in range(n_columns):
+            centre_J[j] = centre_J[j] + a_J[j] + b_J[j] + c_J[j] + d_J[j]
+    for k in range(n_in_fours, n_rows):
         row_J = x_RN[rows_K[k], j0:j1]
         for j in range(n_columns):
             centre_J[j] += row_J[j]
     for j in range(n_columns):
-        centre_J[j] /= np.float32(rows_K.shape[0])
+        centre_J[j] /= np.float32(n_rows)
     sums_SJ[:LOW] = 0
     sums_SJ[LOW] = np.inf
     sums_SJ[HIGH] = -np.inf
     s1_J, s2_J, s3_J, s4_J = sums_SJ[MEAN], sums_SJ[M2], sums_SJ[M3], sums_SJ[M4]
     abs_J, low_J, high_J = sums_SJ[SUM_ABS], sums_SJ[LOW], sums_SJ[HIGH]
-    for k in range(rows_K.shape[0]):
+    for k in range(0, n_in_fours, 4):
+        a_J, b_J = x_RN[rows_K[k], j0:j1], x_RN[rows_K[k + 1], j0:j1]
+        c_J, d_J = x_RN[rows_K[k + 2], j0:j1], x_RN[rows_K[k + 3], j0:j1]
+        for j in range(n_columns):
+            a, b, c, d = a_J[j], b_J[j], c_J[j], d_J[j]
+            a1, b1, c1, d1 = a - centre_J[j], b - centre_J[j], c - centre_J[j], d - centre_J[j]
+            a2, b2, c2, d2 = a1 * a1, b1 * b1, c1 * c1, d1 * d1
+            s1_J[j] = s1_J[j] + a1 + b1 + c1 + d1
+            s2_J[j] = s2_J[j] + a2 + b2 + c2 + d2
+            s3_J[j] = s3_J[j] + a2 * a1 + b2 * b1 + c2 * c1 + d2 * d1
+            s4_J[j] = s4_J[j] + a2 * a2 + b2 * b2 + c2 * c2 + d2 * d2
+            abs_J[j] = abs_J[j] + abs(a) + abs(b) + abs(c) + abs(d)
+            low_J[j] = _lower(d, _lower(c, _lower(b, _lower(a, low_J[j]))))
+            high_J[j] = _higher(d, _higher(c, _higher(b, _higher(a, high_J[j]))))
+    for k in range(n_in_fours, n_rows):
         row_J = x_RN[rows_K[k], j0:j1]
         for j in range(n_columns):
             value = row_J[j]
-            d = value - centre_J[j]
-            d2 = d * d
-            s1_J[j] += d
+            d1 = value - centre_J[j]
+            d2 = d1 * d1
+            s1_J[j] += d1
             s2_J[j] += d2
-            s3_J[j] += d2 * d
+            s3_J[j] += d2 * d1
             s4_J[j] += d2 * d2
             abs_J[j] += abs(value)
-            low_J[j] = value if value < low_J[j] else low_J[j]
-            high_J[j] = value if value > high_J[j] else high_J[j]
+            low_J[j] = _lower(value, low_J[j])
+            high_J[j] = _higher(value, high_J[j])
 
 
-@_jit
-def _count_bins(x_RN, rows_K, j0, j1, bins_RJ, counts_X):  # type: ignore[no-untyped-def]
-    """Two loops, since only the first is one that the compiler can turn into vector instructions."""
-    n_columns = j1 - j0
+@_part
+def _lower(value, low):  # type: ignore[no-untyped-def]
+    return value if value < low else low
+
+
+@_part
+def _higher(value, high):  # type: ignore[no-untyped-def]
+    return value if value > high else high
+
+
+@_part
+def _find_bins(x_RN, rows_K, j0, j1, bins_RJ):  # type: ignore[no-untyped-def]
     for k in range(rows_K.shape[0]):
         bits_J = x_RN[rows_K[k], j0:j1].view(np.int32)
         bins_J = bins_RJ[k]
-        for j in range(n_columns):
+        for j in range(j1 - j0):
             bits = bits_J[j]
             level = ((bits & np.int32(0x7FFFFFFF)) >> np.int32(_SHIFT)) - np.int32(_FIRST_LEVEL)
             level = min(max(level, np.int32(0)), np.int32(MAX_BIN))
             sign = bits >> np.int32(31)
             bins_J[j] = np.int16(((level ^ sign) - sign) + np.int32(MAX_BIN))
-    for c0 in range(0, n_columns, COUNT_COLUMNS):
-        n_tile = min(COUNT_COLUMNS, n_columns - c0)
+
+
+@_part
+def _count_bins(bins_RJ, n_rows, j0, j1, counts_X):  # type: ignore[no-untyped-def]
+    """A few columns at a time, whose counts fit the first-level cache; so many that one's next increment does not wait
+    for its last, and a number that the compiler knows."""
+    n_in_tiles = (j1 - j0) - (j1 - j0) % COUNT_COLUMNS
+    for c0 in range(0, n_in_tiles, COUNT_COLUMNS):
         base = np.uint64((j0 + c0) * N_BINS)
-        for k in range(rows_K.shape[0]):
-            bins_J = bins_RJ[k, c0 : c0 + n_tile]
-            for j in range(n_tile):
+        for k in range(n_rows):
+            bins_J = bins_RJ[k, c0 : c0 + COUNT_COLUMNS]
+            for j in range(COUNT_COLUMNS):
                 counts_X[base + np.uint64(j * N_BINS) + np.uint64(bins_J[j])] += 1
+    for k in range(n_rows):
+        for c in range(n_in_tiles, j1 - j0):
+            counts_X[np.uint64((j0 + c) * N_BINS) + np.uint64(bins_RJ[k, c])] += 1
 
 
-@_jit
+@_part
 def _merge_block(n_block, centre, sums_S, j, n_N, state_SN):  # type: ignore[no-untyped-def]
     """Shift one column's float32 sums from the rounded centre to the block's true mean, then merge them."""
     s1, s2, s3, s4 = np.float64(sums_S[MEAN]), np.float64(sums_S[M2]), np.float64(sums_S[M3]), np.float64(sums_S[M4])
@@ -118,7 +159,7 @@ def _merge_block(n_block, centre, sums_S, j, n_N, state_SN):  # type: ignore[no-
     _merge(n_block, mean, max(m2, 0.0), m3, max(m4, 0.0), np.float64(sums_S[SUM_ABS]), low, high, j, n_N, state_SN)
 
 
-@_jit
+@_part
 def _merge_column_exactly(x_RN, rows_K, j, n_N, n_nonfinite_N, state_SN, counts_NB):  # type: ignore[no-untyped-def]
     """The slow road for a column whose float32 sums overflowed or met a NaN: float64, finite values only."""
     n, total, total_abs, low, high = 0, 0.0, 0.0, np.inf, -np.inf
@@ -147,7 +188,7 @@ def _merge_column_exactly(x_RN, rows_K, j, n_N, n_nonfinite_N, state_SN, counts_
     _merge(n, mean, m2, m3, m4, total_abs, low, high, j, n_N, state_SN)
 
 
-@_jit
+@_part
 def _merge(n_b, mean_b, m2_b, m3_b, m4_b, sum_abs_b, low_b, high_b, j, n_N, state_SN):  # type: ignore[no-untyped-def]
     n_a = n_N[j]
     n = n_a + n_b
