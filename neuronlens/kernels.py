@@ -54,8 +54,8 @@ def accumulate(x_RN, rows_K, j_first, j_last, n_N, n_nonfinite_N, state_SN, coun
 
 @_part
 def _sum_powers(x_RN, rows_K, j0, j1, centre_J, sums_SJ):  # type: ignore[no-untyped-def]
-    """Four rows at a time, since the sums of a column are loaded and stored once for all four; in the order of the rows,
-    so that the result is to the last bit that of row after row."""
+    """Four rows at a time, since the sums of a column are loaded and stored once for all four; in the order of the
+    rows, so that the result is to the last bit that of row after row."""
     n_columns, n_rows = j1 - j0, rows_K.shape[0]
     n_in_fours = n_rows - n_rows % 4
     centre_J[:n_columns] = 0
