@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from neuronlens.compiled import jit, part
 from neuronlens.errors import RunFailed
 from neuronlens.histograms import bin_edges
 
@@ -34,8 +34,6 @@ COUNTS_SCHEMA = pa.schema(
 )
 """Of a merged histogram file, whose rows are sorted by neuron, concept and bin."""
 COUNT_COLUMNS = ["neuron", "concept", "bin", "n"]
-
-jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +86,8 @@ class Bumps:
             max_NC=spread("max"),
             start_NC=np.zeros(shape, np.int64),
             stop_NC=np.zeros(shape, np.int64),
-            bin_X=np.zeros(0, np.int16),
-            n_X=np.zeros(0, np.int64),
+            bin_X=_read_only(np.zeros(0, np.int16)),
+            n_X=_read_only(np.zeros(0, np.int64)),
         )
 
     @property
@@ -124,11 +122,12 @@ class Bumps:
         Raises RunFailed where the rows are not in such an order.
         """
         names, code_X = _encoded(rows["concept"])
+        code_X = _read_only(code_X)
         own = {name: code for code, name in enumerate(self.concepts)}
         code_of_C = np.array([own.get(name, -1) for name in names], np.int32)
         row_of_K = np.full(self.last - self.first + 1, -1, np.int32)
         row_of_K[self.neuron_N - self.first] = np.arange(len(self.neuron_N))
-        neuron_X, bin_X = rows["neuron"].to_numpy(), rows["bin"].to_numpy()
+        neuron_X, bin_X, n_X = (_read_only(rows[name].to_numpy()) for name in ("neuron", "bin", "n"))
         start_NC = np.full(self.is_known_NC.shape, -1, np.int64)
         stop_NC = np.full(self.is_known_NC.shape, -1, np.int64)
         find = partial(_find_runs, neuron_X, code_X, bin_X, self.first, row_of_K, code_of_C, start_NC, stop_NC)
@@ -137,7 +136,7 @@ class Bumps:
                 f"The histograms of {self.hook_point}, layer {self.layer}, are not in order. Expected one row a bin, "
                 "the bins of a neuron and concept together and ascending, as merged_histograms.sql leaves them."
             )
-        return replace(self, start_NC=start_NC, stop_NC=stop_NC, bin_X=bin_X, n_X=rows["n"].to_numpy())
+        return replace(self, start_NC=start_NC, stop_NC=stop_NC, bin_X=bin_X, n_X=n_X)
 
 
 def read_counts(file: pq.ParquetFile, first: int, last: int, *, n_threads: int = 1) -> pa.Table:
@@ -189,6 +188,12 @@ def _encoded(column: pa.ChunkedArray) -> tuple[tuple[str, ...], np.ndarray]:
     return tuple(names), np.array([code_of[name] for name in found], np.int32)[whole.indices.to_numpy()]
 
 
+def _read_only(values: np.ndarray) -> np.ndarray:
+    """As arrow gives most columns away, but not those of several chunks: compiled code is compiled for one of both."""
+    values.flags.writeable = False
+    return values
+
+
 def _row_groups(metadata: Any, first: int, last: int) -> list[int]:
     [column] = [c for c in range(metadata.num_columns) if metadata.schema.column(c).path == "neuron"]
     found = []
@@ -223,7 +228,7 @@ def _find_runs(  # type: ignore[no-untyped-def]
     return True
 
 
-@jit
+@part
 def clipped(edge, lowest, highest):  # type: ignore[no-untyped-def]
     """An edge of a bin, no further out than the values reach; NaN bounds do not bound."""
     if edge < lowest:
@@ -233,6 +238,6 @@ def clipped(edge, lowest, highest):  # type: ignore[no-untyped-def]
     return edge
 
 
-@jit
+@part
 def normal_cdf(x):  # type: ignore[no-untyped-def]
     return 0.5 * math.erfc(-x * math.sqrt(0.5))

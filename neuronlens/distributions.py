@@ -5,7 +5,8 @@ Gaussian of the same mean and std. Compiled by numba; table `distributions` of d
 import numpy as np
 import pyarrow as pa
 
-from neuronlens.bumps import KEYS, Bumps, clipped, dictionary_column, in_threads, jit, normal_cdf, outer_edges
+from neuronlens.bumps import KEYS, Bumps, clipped, dictionary_column, in_threads, normal_cdf, outer_edges
+from neuronlens.compiled import jit, part
 from neuronlens.histograms import MAX_BIN
 
 QUANTILES = {"p01": 0.01, "p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99}
@@ -59,7 +60,7 @@ def _describe(first, last, row_R, code_R, moments, counts, edges_E, q_Q, values_
         _quantiles(bin_X, n_X, start, stop, lowest, highest, edges_E, q_Q, r, values_QR)
 
 
-@jit
+@part
 def _distances(bin_X, n_X, start, stop, mean, std, lowest, highest, edges_E):  # type: ignore[no-untyped-def]
     """The Kolmogorov-Smirnov distance of a histogram to a Gaussian: at least, at most.
 
@@ -82,7 +83,7 @@ def _distances(bin_X, n_X, start, stop, mean, std, lowest, highest, edges_E):  #
     return known, bound
 
 
-@jit
+@part
 def _quantiles(bin_X, n_X, start, stop, lowest, highest, edges_E, q_Q, r, values_QR):  # type: ignore[no-untyped-def]
     total = n_X[start:stop].sum()
     x, below = start, 0

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pyarrow as pa
 
-from neuronlens.bumps import KEYS, Bumps, dictionary_column, in_threads, jit
+from neuronlens.bumps import KEYS, Bumps, dictionary_column, in_threads
+from neuronlens.compiled import jit, part
 from neuronlens.histograms import MAX_BIN, N_BINS
 
 INFORMATION_SCHEMA = pa.schema([*KEYS, ("bits", pa.float64())])
@@ -51,7 +52,7 @@ def _inform(first, last, start_NC, stop_NC, bin_X, n_X, bits_NC):  # type: ignor
                 bits_NC[i, c] = _bits(bin_X, n_X, start_NC[i, c], stop_NC[i, c], float(n_own), float(n_all), all_B)
 
 
-@jit
+@part
 def _bits(bin_X, n_X, start, stop, n_own, n_all, all_B):  # type: ignore[no-untyped-def]
     """Over the bins that the concept reaches, its values and the others' there; in the bins that it does not reach, all
     are the others'."""

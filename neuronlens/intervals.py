@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neuronlens.bumps import Bumps, in_threads, jit
+from neuronlens.bumps import Bumps, in_threads
+from neuronlens.compiled import jit, part
 from neuronlens.histograms import MAX_BIN, N_BINS, bin_edges
 
 N_PIECES = 2
@@ -149,7 +150,7 @@ def _ratio_at(level: np.ndarray) -> np.ndarray:
     return np.where(level <= 0, 0.0, 2.0 ** ((level - _LEVELS // 2) / _LEVELS_AN_OCTAVE))
 
 
-@jit
+@part
 def _level_of(ratio):  # type: ignore[no-untyped-def]
     if ratio <= 0:
         return 0
@@ -157,7 +158,7 @@ def _level_of(ratio):  # type: ignore[no-untyped-def]
     return min(max(level, 0), _LEVELS - 1)
 
 
-@jit
+@part
 def _share_out(i, c, start_NC, stop_NC, bin_X, n_X, target_B, others_B):  # type: ignore[no-untyped-def]
     """Fill the shares of the concept's and of the others' values in each bin. False where the concept has none."""
     target_B[:] = 0
@@ -212,7 +213,7 @@ def _choose(  # type: ignore[no-untyped-def]
                     target_NCK[i, c, k], others_NCK[i, c, k] = target_B[inside].sum(), others_B[inside].sum()
 
 
-@jit
+@part
 def _shortest(target_B, mass, edges_E, first_K, last_K):  # type: ignore[no-untyped-def]
     """Two ends that move up together: for every first bin, the nearest last one that makes the mass full."""
     held, best_width, last = 0.0, np.inf, -1
@@ -231,7 +232,7 @@ def _shortest(target_B, mass, edges_E, first_K, last_K):  # type: ignore[no-unty
         held -= target_B[first]
 
 
-@jit
+@part
 def _most_worth(target_B, others_B, penalty, first_K, last_K):  # type: ignore[no-untyped-def]
     """The best sum of gains over at most two runs of bins, in one pass over the bins (Kadane's rule, twice over).
 
@@ -263,7 +264,7 @@ def _most_worth(target_B, others_B, penalty, first_K, last_K):  # type: ignore[n
         first_K[0], last_K[0] = one_first, one_last
 
 
-@jit
+@part
 def _cells(target_B, others_B, least, first_K, last_K):  # type: ignore[no-untyped-def]
     """Whole bins, so that the cells' masses are about equal; a bin with more than its share is a cell of its own."""
     half = 0.5 if others_B.sum() > 0 else 1.0

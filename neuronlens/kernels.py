@@ -6,9 +6,9 @@ into bins while it is still there. A chain of torch operations over the same blo
 (docs/benchmarks.md).
 """
 
-import numba
 import numpy as np
 
+from neuronlens.compiled import jit, part
 from neuronlens.histograms import MANTISSA_BITS, MAX_BIN, MIN_EXPONENT, N_BINS
 
 BLOCK_ROWS = 256
@@ -22,11 +22,8 @@ _FIRST_LEVEL = ((127 + MIN_EXPONENT) << MANTISSA_BITS) - 1
 MEAN, M2, M3, M4, SUM_ABS, LOW, HIGH = range(7)
 N_STATE = 7
 
-_jit = numba.njit(nogil=True, cache=True, error_model="numpy")
-_part = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
-
-@_jit
+@jit
 def accumulate(x_RN, rows_K, j_first, j_last, n_N, n_nonfinite_N, state_SN, counts_NB):  # type: ignore[no-untyped-def]
     """Add the rows `rows_K` of float32 x_RN to the running moments of columns j_first..j_last, and count their bins.
 
@@ -52,7 +49,7 @@ def accumulate(x_RN, rows_K, j_first, j_last, n_N, n_nonfinite_N, state_SN, coun
                     _merge_column_exactly(x_RN, block_K, j, n_N, n_nonfinite_N, state_SN, counts_NB)
 
 
-@_part
+@part
 def _sum_powers(x_RN, rows_K, j0, j1, centre_J, sums_SJ):  # type: ignore[no-untyped-def]
     """Four rows at a time, since the sums of a column are loaded and stored once for all four; in the order of the
     rows, so that the result is to the last bit that of row after row."""
@@ -104,17 +101,17 @@ def _sum_powers(x_RN, rows_K, j0, j1, centre_J, sums_SJ):  # type: ignore[no-unt
             high_J[j] = _higher(value, high_J[j])
 
 
-@_part
+@part
 def _lower(value, low):  # type: ignore[no-untyped-def]
     return value if value < low else low
 
 
-@_part
+@part
 def _higher(value, high):  # type: ignore[no-untyped-def]
     return value if value > high else high
 
 
-@_part
+@part
 def _find_bins(x_RN, rows_K, j0, j1, bins_RJ):  # type: ignore[no-untyped-def]
     for k in range(rows_K.shape[0]):
         bits_J = x_RN[rows_K[k], j0:j1].view(np.int32)
@@ -127,7 +124,7 @@ def _find_bins(x_RN, rows_K, j0, j1, bins_RJ):  # type: ignore[no-untyped-def]
             bins_J[j] = np.int16(((level ^ sign) - sign) + np.int32(MAX_BIN))
 
 
-@_part
+@part
 def _count_bins(bins_RJ, n_rows, j0, j1, counts_X):  # type: ignore[no-untyped-def]
     """A few columns at a time, whose counts fit the first-level cache; so many that one's next increment does not wait
     for its last, and a number that the compiler knows."""
@@ -143,7 +140,7 @@ def _count_bins(bins_RJ, n_rows, j0, j1, counts_X):  # type: ignore[no-untyped-d
             counts_X[np.uint64((j0 + c) * N_BINS) + np.uint64(bins_RJ[k, c])] += 1
 
 
-@_part
+@part
 def _merge_block(n_block, centre, sums_S, j, n_N, state_SN):  # type: ignore[no-untyped-def]
     """Shift one column's float32 sums from the rounded centre to the block's true mean, then merge them."""
     s1, s2, s3, s4 = np.float64(sums_S[MEAN]), np.float64(sums_S[M2]), np.float64(sums_S[M3]), np.float64(sums_S[M4])
@@ -159,7 +156,7 @@ def _merge_block(n_block, centre, sums_S, j, n_N, state_SN):  # type: ignore[no-
     _merge(n_block, mean, max(m2, 0.0), m3, max(m4, 0.0), np.float64(sums_S[SUM_ABS]), low, high, j, n_N, state_SN)
 
 
-@_part
+@part
 def _merge_column_exactly(x_RN, rows_K, j, n_N, n_nonfinite_N, state_SN, counts_NB):  # type: ignore[no-untyped-def]
     """The slow road for a column whose float32 sums overflowed or met a NaN: float64, finite values only."""
     n, total, total_abs, low, high = 0, 0.0, 0.0, np.inf, -np.inf
@@ -188,7 +185,7 @@ def _merge_column_exactly(x_RN, rows_K, j, n_N, n_nonfinite_N, state_SN, counts_
     _merge(n, mean, m2, m3, m4, total_abs, low, high, j, n_N, state_SN)
 
 
-@_part
+@part
 def _merge(n_b, mean_b, m2_b, m3_b, m4_b, sum_abs_b, low_b, high_b, j, n_N, state_SN):  # type: ignore[no-untyped-def]
     n_a = n_N[j]
     n = n_a + n_b

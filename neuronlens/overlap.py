@@ -12,7 +12,8 @@ import numba
 import numpy as np
 import pyarrow as pa
 
-from neuronlens.bumps import KEYS, Bumps, clipped, dictionary_column, in_threads, jit, normal_cdf, outer_edges
+from neuronlens.bumps import KEYS, Bumps, clipped, dictionary_column, in_threads, normal_cdf, outer_edges
+from neuronlens.compiled import PART, jit, part
 from neuronlens.histograms import MANTISSA_BITS, MAX_BIN, MIN_EXPONENT, N_BINS
 
 SCORES = ("ovl", "ovl_gaussian", "bhattacharyya", "range_jaccard", "b_in_a", "a_in_b")
@@ -32,7 +33,7 @@ _SHIFT = 52 - MANTISSA_BITS
 _FIRST_LEVEL = ((1023 + MIN_EXPONENT) << MANTISSA_BITS) - 1
 
 # The compiler may add in any order, which lets it add 8 bins at a time.
-_jit_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz"})
+_part_sum = numba.njit(**PART, fastmath={"reassoc", "nsz"})
 
 
 def pairs_of(bumps: Bumps, *, tau: float, n_threads: int = 1) -> pa.Table:
@@ -164,7 +165,7 @@ def _score_neurons(first, last, first_pair_N, a_P, b_P, moments, counts, edges_E
                 share_CB[c, k] = 0
 
 
-@jit
+@part
 def _spread(bin_X, n_X, start, stop, c, share_CB, below_CB, total_C, span_C2):  # type: ignore[no-untyped-def]
     """One histogram into a dense row of shares, and of the counts below each bin. Both hold within the span only, which
     is empty where there is no histogram; outside it the shares are 0."""
@@ -190,7 +191,7 @@ def _spread(bin_X, n_X, start, stop, c, share_CB, below_CB, total_C, span_C2):  
         below_CB[c, k + np.uint64(1)] = below
 
 
-@_jit_sum
+@_part_sum
 def _score_shared(first_pair, end_pair, a_P, b_P, share_CB, span_C2, score_SP):  # type: ignore[no-untyped-def]
     """The overlapping coefficient: the sum of the smaller shares. NaN without one of the histograms."""
     for p in range(first_pair, end_pair):
@@ -203,7 +204,7 @@ def _score_shared(first_pair, end_pair, a_P, b_P, share_CB, span_C2, score_SP): 
         score_SP[OVL, p] = total if has_both else np.nan
 
 
-@jit
+@part
 def _score_inside(i, pairs, concepts, bounds, dense, edges_E, score_SP):  # type: ignore[no-untyped-def]
     """The share of one concept's values inside the other's range: whole bins by their counts, and of the two bins
     `cut_C2` that hold the range's ends the part that is inside. NaN without a histogram or a range."""
@@ -227,7 +228,7 @@ def _score_inside(i, pairs, concepts, bounds, dense, edges_E, score_SP):  # type
             score_SP[score, p] = min(1.0, inside)
 
 
-@jit
+@part
 def part_inside(bottom, top, lower, upper):  # type: ignore[no-untyped-def]
     """How much of the bin [bottom, top] lies inside [lower, upper]: a share of its length, or 1 or 0 for a point."""
     if top > bottom:
@@ -235,7 +236,7 @@ def part_inside(bottom, top, lower, upper):  # type: ignore[no-untyped-def]
     return 1.0 if lower <= bottom <= upper else 0.0
 
 
-@jit
+@part
 def bin_index(x):  # type: ignore[no-untyped-def]
     """The bin of a float64 as an index into the N_BINS bins, lowest first: `histograms.bin_of` without its rounding to
     float32. Any bin for NaN."""
@@ -245,7 +246,7 @@ def bin_index(x):  # type: ignore[no-untyped-def]
     return MAX_BIN - level if bits < 0 else MAX_BIN + level
 
 
-@jit
+@part
 def gaussian_overlap(mean_a, std_a, mean_b, std_b):  # type: ignore[no-untyped-def]
     """The integral of the smaller of two Gaussian densities; a std of 0 is a point, which only an equal point overlaps.
 
@@ -267,7 +268,7 @@ def gaussian_overlap(mean_a, std_a, mean_b, std_b):  # type: ignore[no-untyped-d
     return min(1.0, max(0.0, normal_cdf(x1) + normal_cdf(z2) - normal_cdf(z1) + 1 - normal_cdf(x2)))
 
 
-@jit
+@part
 def bhattacharyya(mean_a, std_a, mean_b, std_b):  # type: ignore[no-untyped-def]
     """The Bhattacharyya coefficient of two Gaussians; points as in `gaussian_overlap`."""
     if std_a == 0 and std_b == 0:
@@ -276,7 +277,7 @@ def bhattacharyya(mean_a, std_a, mean_b, std_b):  # type: ignore[no-untyped-def]
     return math.sqrt(2 * std_a * std_b / variance) * math.exp(-((mean_a - mean_b) ** 2) / (4 * variance))
 
 
-@jit
+@part
 def range_jaccard(lower_a, upper_a, lower_b, upper_b):  # type: ignore[no-untyped-def]
     """Length of the intersection over length of the union of two closed ranges; two equal points count as 1."""
     if np.isnan(lower_a) or np.isnan(lower_b):

@@ -5,8 +5,9 @@ A chain of torch operations walks over x a dozen times and costs more to start t
 the same bits. Counts are 32 bits wide, like the values, so that one vector instruction handles as many of both.
 """
 
-import numba
 import numpy as np
+
+from neuronlens.compiled import jit, part
 
 LOWER, UPPER, A, B, G, CENTRE = range(6)
 """Rows of numbers_KFN[k]: k comes first, so that they lie in a row and numba knows it."""
@@ -15,10 +16,8 @@ CONSTANT, ADAPTIVE = range(2)
 BANK, RULE = range(2)
 """Rows of rows_2SR."""
 
-_jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 
-
-@_jit
+@jit
 def replace_inside(  # type: ignore[no-untyped-def]
     x_BTN, real_BT, slot_B, n_rows_S, rows_2SR, named_SN, numbers_KFN, kinds_K2, out_BTN, counts_BC
 ):
@@ -42,7 +41,7 @@ def replace_inside(  # type: ignore[no-untyped-def]
                 _replace(out_N, named_SN[s], rows_2R, numbers_KFN, kinds_K2, open_N, counts_BC[b])
 
 
-@_jit
+@jit
 def replace_in_place(  # type: ignore[no-untyped-def]
     x_TN, first, last, slot_T, n_rows_S, rows_2SR, named_SN, numbers_KFN, kinds_K2, counts_TC
 ):
@@ -58,7 +57,7 @@ def replace_in_place(  # type: ignore[no-untyped-def]
             _replace(x_TN[t], named_SN[s], rows_2R, numbers_KFN, kinds_K2, open_N, counts_TC[t])
 
 
-@_jit
+@part
 def _replace(x_N, named_N, rows_2R, numbers_KFN, kinds_K2, open_N, counts_C):  # type: ignore[no-untyped-def]
     """One token's values, in place. open_N is room for what several rows tell each other."""
     if rows_2R.shape[1] == 1:
@@ -76,7 +75,7 @@ def _replace(x_N, named_N, rows_2R, numbers_KFN, kinds_K2, open_N, counts_C):  #
 # The loops below have no branch and write where they read, or to one more array: so they become vector instructions.
 
 
-@_jit
+@part
 def _by_only_row(x_N, named_N, numbers_FN, kinds_2):  # type: ignore[no-untyped-def]
     lower_N, upper_N, a_N, b_N = numbers_FN[LOWER], numbers_FN[UPPER], numbers_FN[A], numbers_FN[B]
     g_N, centre_N = numbers_FN[G], numbers_FN[CENTRE]
@@ -107,7 +106,7 @@ def _by_only_row(x_N, named_N, numbers_FN, kinds_2):  # type: ignore[no-untyped-
     return tested, changed
 
 
-@_jit
+@part
 def _tested(x_N, named_N, open_N):  # type: ignore[no-untyped-def]
     """Before several rows: how many values there are to test, and all of them open."""
     tested, zero = np.int32(0), np.float32(0)
@@ -118,7 +117,7 @@ def _tested(x_N, named_N, open_N):  # type: ignore[no-untyped-def]
     return tested
 
 
-@_jit
+@part
 def _by_row(x_N, numbers_FN, kinds_2, open_N):  # type: ignore[no-untyped-def]
     """One of several rows; open_N is 1 where no row before it has decided."""
     lower_N, upper_N, a_N, b_N = numbers_FN[LOWER], numbers_FN[UPPER], numbers_FN[A], numbers_FN[B]
@@ -136,7 +135,7 @@ def _by_row(x_N, numbers_FN, kinds_2, open_N):  # type: ignore[no-untyped-def]
     return changed
 
 
-@_jit
+@jit
 def settle(n_tokens, slot_T, counter_T, counts_TC, counts_UC):  # type: ignore[no-untyped-def]
     """Add each token's counts to its row of counts_UC, and leave the tokens without slots and counts."""
     for t in range(n_tokens):
@@ -146,7 +145,7 @@ def settle(n_tokens, slot_T, counter_T, counts_TC, counts_UC):  # type: ignore[n
         slot_T[t] = 0
 
 
-@_jit
+@jit
 def spread(about_4R, n_scheduled_R, n_computed_R, n_prompt_R, slot_T, counter_T):  # type: ignore[no-untyped-def]
     """Give every token its slot and its counter; returns how many tokens there are.
 

@@ -22,6 +22,7 @@ from neuronlens.ranges import RangeTable
 from neuronlens.recipe import Recipe
 from neuronlens.store import Store, files_of
 from pipeline.collect import CollectSpec
+from pipeline.compiling import compile_ahead
 from pipeline.coverage import coverage_of
 from pipeline.emit import emit_table
 from pipeline.erasure import evaluate_table
@@ -34,7 +35,7 @@ from pipeline.progress import QUARANTINE, CollectProgress
 from pipeline.statistics import compute_statistics, layers_of
 from pipeline.stopping import StopSignals
 from pipeline.vllm_worker import engine_starter
-from pipeline.workers import Layout, Spares, WorkerSpec, choose_layout, worker_starter
+from pipeline.workers import Layout, Spares, WorkerSpec, choose_layout, on_one_machine, worker_starter
 
 DEFAULT_FOLDER = "neuronlens-runs"
 _N_ROWS_TOLD = 20
@@ -312,6 +313,8 @@ def run(
         owns_process=owns_process,
     )
     with driver, Spares(recipe.compute, recipe.model.backend) as spares:
+        if on_one_machine():
+            compile_ahead()
         plan, store = driver.plan(name=name, store_root=store_root)
         with driver.holding(store, "neuronlens run") as lease:
             driver.collect(plan, store, lease, spares)

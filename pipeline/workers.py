@@ -189,6 +189,11 @@ class ModelWorker:
         os._exit(128 + signal.SIGTERM)
 
 
+def on_one_machine() -> bool:
+    """Is Ray ours, on this machine alone?"""
+    return not os.environ.get("RAY_ADDRESS") and len(ray.nodes()) == 1
+
+
 class Spares:
     """CPU workers that import their libraries while the driver plans, and keep them from one stage to the next, so that
     nobody waits for them.
@@ -201,7 +206,7 @@ class Spares:
     def __init__(self, compute: ComputeSection, backend: str = "transformers", *, at_most: int | None = None) -> None:
         resources = ray.cluster_resources()
         n_cores = int(resources.get("CPU", 1))
-        alone = not os.environ.get("RAY_ADDRESS") and len(ray.nodes()) == 1 and not resources.get("GPU")
+        alone = on_one_machine() and not resources.get("GPU")
         fits = backend == "transformers" and alone and compute.gpus_per_worker in ("auto", 0)
         wanted = (n_cores, n_cores if compute.workers == "auto" else compute.workers, at_most or n_cores)
         self._idle = self._started(min(wanted)) if fits else []
