@@ -30,6 +30,7 @@ from neuronlens.overlap import PAIRS_SCHEMA, SCORES, concept_overlap_of, kept_of
 from neuronlens.query import attach, attach_rows, connect, rows_of, run_to_parquet
 from neuronlens.recipe import SQL_SALIENCE_METHODS, OverlapSection
 from neuronlens.store import Store, StoredFile, content_hash, files_of, new_attempt, receipt_of
+from pipeline.compiling import have_scores
 from pipeline.coverage import coverage_of
 from pipeline.histograms import ROW_GROUP_ROWS, write_merged
 
@@ -209,6 +210,7 @@ def _compute_layer_here(
     memory_limit: int | None,
 ) -> dict[str, Any]:
     """`compute_layer` within a Ray task, with what its node gives it."""
+    have_scores()
     context = ray.get_runtime_context()
     n_threads = max(1, int(context.get_assigned_resources().get("CPU", 1)))
     nodes: dict[str, dict[str, float]] = {node["NodeID"]: node["Resources"] for node in ray.nodes()}

@@ -21,6 +21,7 @@ from neuronlens.recipe import ComputeSection, ModelSection
 from neuronlens.store import Store
 from pipeline.backends import tensor_parallel_of
 from pipeline.collect import Collected, CollectSpec, commit_shard, run_shard
+from pipeline.compiling import have_accumulate
 from pipeline.evaluator import EvaluationJob, EvaluationWork, Evaluator
 from pipeline.frozen import Shard, read_samples
 from pipeline.metrics import CollectorMetrics
@@ -126,6 +127,8 @@ class ModelWorker:
         Raises UsageError where this node does not see the driver's store or the model.
         """
         _check_store(spec.store)
+        if spec.collect is not None and spec.layout.device_type == "cpu":
+            have_accumulate()
         self._spec = spec
         self._hold_model()
         self._turns = Turns(SHARDS_IN_HAND)

@@ -11,13 +11,14 @@ from neuronlens import bumps, distributions, information, kernels, overlap
 from neuronlens.models import load_model
 from neuronlens.store import Store
 from pipeline.collect import CollectSpec, collect_shard
-from pipeline.compiling import compile_kernels
+from pipeline.compiling import have_accumulate, have_scores
 from pipeline.plan import freeze, make_plan
 from pipeline.statistics import compute_statistics_here
 from tests.pipeline.runs import recipe
 
 functions = (kernels.accumulate, bumps._find_runs, distributions._describe, information._inform, overlap._score_neurons)
-compile_kernels()
+have_accumulate()
+have_scores()
 before = [list(function.signatures) for function in functions]
 assert all(before), before
 asked, store = recipe(Path(sys.argv[1])), Store(sys.argv[2])
@@ -30,7 +31,7 @@ assert after == before, (before, after)
 """
 
 
-def test_compile_kernels__leaves_a_run_nothing_to_compile(place, tmp_path):
+def test_compiling__leaves_a_run_nothing_to_compile(place, tmp_path):
     done = subprocess.run([sys.executable, "-c", _RUN, place, tmp_path / "store"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "distributions" in done.stdout
