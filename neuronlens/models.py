@@ -289,17 +289,17 @@ def _weights(id: str, folder: Path, config: Any, dtype: torch.dtype | Literal["a
 
 
 def import_for_generation() -> None:
-    """Import what loading a decoder imports of transformers, but scikit-learn: transformers takes 2 s for it, where it
-    is installed, because of one option of assisted generation. For processes that are ours alone: transformers takes
-    scikit-learn for missing from then on. We may still import it."""
-    if "sklearn" in sys.modules:
-        return
-    sys.modules["sklearn"] = cast(Any, None)
+    """Import what loading a decoder imports of transformers, but scikit-learn and scipy: where they are installed,
+    transformers takes 3 s of a core for them, because of one option of assisted generation and of a loss. For
+    processes that are ours alone: transformers takes both for missing from then on. We may still import them."""
+    hidden = [name for name in ("scipy", "sklearn") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden, cast(Any, None)))
     try:
         import transformers.generation.candidate_generator
         import transformers.modeling_utils  # noqa: F401
     finally:
-        del sys.modules["sklearn"]
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _skeleton(config: Any, dtype: torch.dtype | Literal["auto"]) -> Any:
