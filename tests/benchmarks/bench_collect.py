@@ -4,13 +4,14 @@
     python -m tests.benchmarks.bench_collect memory   --model DIR --data train.jsonl
     python -m tests.benchmarks.bench_collect naive    --recipe recipe.yaml [--share 0.125]
     python -m tests.benchmarks.bench_collect predictions --recipe recipe.yaml [--texts 600] [--repeats 7]
+    python -m tests.benchmarks.bench_collect kernel   [--repeats 15]
 
 `overhead`: the same batches through the bare trunk and through Capture, in turn, in one process; the ratio of each
 pair, then their median. `memory`: peak resident memory of a fresh process that collects N and 4 N texts. `naive`:
 every text padded to a fixed 128, one pass a concept, activations in Python lists, numpy mean and std, against
 `neuronlens run` up to the range table. `predictions`: the same shards collected and committed with and without what the
 model answers, in turn, in one process, in seconds of the processor; without raw values, whose writing would hide the
-difference.
+difference. `kernel`: the pass over activations by itself, as compiled and as torch operations, on one thread.
 """
 
 import argparse
@@ -24,10 +25,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from neuronlens.accumulate import TorchAccumulator, make_accumulator
 from neuronlens.batches import TokenBatch, batches_by_length, pad
 from neuronlens.capture import Capture
 from neuronlens.hookpoints import find_sites
@@ -61,6 +64,8 @@ def main() -> None:
     command.add_argument("--texts", type=int, default=600)
     command.add_argument("--repeats", type=int, default=7)
     command.add_argument("--threads", type=int, default=1)
+    command = commands.add_parser("kernel")
+    command.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
     run = {
         "overhead": overhead,
@@ -68,6 +73,7 @@ def main() -> None:
         "memory-child": memory_child,
         "naive": naive,
         "predictions": predictions,
+        "kernel": kernel,
     }
     run[args.command](args)
 
@@ -184,6 +190,24 @@ def _collect(loaded: LoadedModel, plan: Plan, n_threads: int) -> float:
                 collect_shard(loaded, spec, store, shard, n_threads=n_threads)
 
         return _seconds(work, time.process_time)
+
+
+def kernel(args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    print("| rows, neurons | | compiled, ns a value | torch operations |\n|---|---|---|---|")
+    for n_rows, n_neurons in ((1_024, 1_024), (4_096, 1_024), (2_048, 4_864)):
+        x_RN, rows_K = torch.nn.functional.gelu(torch.randn(n_rows, n_neurons)), torch.arange(n_rows)
+        for name, histogram in (("moments", False), ("moments and histograms", True)):
+            options: dict[str, Any] = {"histogram": histogram, "device": torch.device("cpu")}
+            accumulators = (make_accumulator(n_neurons, **options), TorchAccumulator(n_neurons, **options))
+            nanoseconds = []
+            for accumulator in accumulators:
+                add = partial(accumulator.add, x_RN, rows_K)
+                add()
+                seconds = statistics.median(_seconds(add) for _ in range(args.repeats))
+                nanoseconds.append(seconds / x_RN.numel() * 1e9)
+            compiled, operations = nanoseconds
+            print(f"| {n_rows:,} x {n_neurons:,} | {name} | {compiled:.2f} | {operations:.0f} |", flush=True)
 
 
 def _run_job(recipe: str) -> None:
