@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from neuronlens.bumps import KEYS, Bumps, clipped, dictionary_column, in_threads, normal_cdf, outer_edges
-from neuronlens.compiled import PART, jit, part
+from neuronlens.compiled import PART, is_on_disk, jit, part
 from neuronlens.histograms import MANTISSA_BITS, MAX_BIN, MIN_EXPONENT, N_BINS
 
 SCORES = ("ovl", "ovl_gaussian", "bhattacharyya", "range_jaccard", "b_in_a", "a_in_b")
@@ -34,6 +34,11 @@ _FIRST_LEVEL = ((1023 + MIN_EXPONENT) << MANTISSA_BITS) - 1
 
 # The compiler may add in any order, which lets it add 8 bins at a time.
 _part_sum = numba.njit(**PART, fastmath={"reassoc", "nsz"})
+
+
+def is_compiled() -> bool:
+    """Whether `pairs_of` has its compiled code, from this process or another."""
+    return is_on_disk(_score_neurons)
 
 
 def pairs_of(bumps: Bumps, *, tau: float, n_threads: int = 1) -> pa.Table:

@@ -21,15 +21,16 @@ from neuronlens.bumps import Bumps
 from neuronlens.distributions import distributions_of
 from neuronlens.histograms import N_BINS
 from neuronlens.information import information_of
-from neuronlens.overlap import pairs_of
+from neuronlens.overlap import is_compiled, pairs_of
 
 _PATIENCE_SECONDS = 60
 
 
 def compile_ahead() -> None:
-    """Begin with what the statistics need, in a process of Ray's in which a layer's task may run later. Needs Ray to be
-    running."""
-    ray.remote(have_scores).options(num_cpus=0, max_retries=0).remote()
+    """Begin with what the statistics need, where nobody has compiled it yet, in a process of Ray's in which a layer's
+    task may run later. Needs Ray to be running."""
+    if not is_compiled():
+        ray.remote(have_scores).options(num_cpus=0, max_retries=0).remote()
 
 
 def have_accumulate() -> None:

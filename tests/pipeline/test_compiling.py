@@ -19,6 +19,7 @@ from tests.pipeline.runs import recipe
 functions = (kernels.accumulate, bumps._find_runs, distributions._describe, information._inform, overlap._score_neurons)
 have_accumulate()
 have_scores()
+assert overlap.is_compiled()
 before = [list(function.signatures) for function in functions]
 assert all(before), before
 asked, store = recipe(Path(sys.argv[1])), Store(sys.argv[2])
