@@ -11,7 +11,7 @@ jit = numba.njit(nogil=True, cache=True, error_model="numpy")
 PART = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 part = numba.njit(**PART)
 """For functions that only compiled code calls, and that become part of it. Without a way in from Python, and a file of
-their own, a fifth less is to be compiled."""
+their own, there is up to a fifth less to compile."""
 
 
 def is_on_disk(function: Any) -> bool:

@@ -210,7 +210,6 @@ def _compute_layer_here(
     memory_limit: int | None,
 ) -> dict[str, Any]:
     """`compute_layer` within a Ray task, with what its node gives it."""
-    have_scores()
     context = ray.get_runtime_context()
     n_threads = max(1, int(context.get_assigned_resources().get("CPU", 1)))
     nodes: dict[str, dict[str, float]] = {node["NodeID"]: node["Resources"] for node in ray.nodes()}
@@ -267,6 +266,7 @@ def compute_layer(
     kept = _kept_receipt(store, layer, commits, settings)
     if kept is not None:
         return kept
+    have_scores()
     started = time.perf_counter()
     work = _Work(store=store, layer=layer, commits=commits, settings=settings, coverage=coverage, resources=resources)
     try:
