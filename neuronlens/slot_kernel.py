@@ -29,7 +29,7 @@ def replace_inside(  # type: ignore[no-untyped-def]
     counts_BC (int64) grows: column 0 by the finite values of named neurons, column 1 + rule by the finite values that
     this rule replaced.
     """
-    open_N = np.empty(x_BTN.shape[2], np.int32)
+    decided_N = np.empty(x_BTN.shape[2], np.int32)
     for b in range(x_BTN.shape[0]):
         s = slot_B[b]
         for t in range(x_BTN.shape[1]):
@@ -38,7 +38,7 @@ def replace_inside(  # type: ignore[no-untyped-def]
                 out_N[j] = x_N[j]
             if n_rows_S[s] and real_BT[b, t]:
                 rows_2R = rows_2SR[:, s, : n_rows_S[s]]
-                _replace(out_N, named_SN[s], rows_2R, numbers_KFN, kinds_K2, open_N, counts_BC[b])
+                _replace(out_N, named_SN[s], rows_2R, numbers_KFN, kinds_K2, decided_N, counts_BC[b])
 
 
 @jit
@@ -49,30 +49,33 @@ def replace_in_place(  # type: ignore[no-untyped-def]
 
     Token t, of `first` to `last`, runs under slot_T[t] and is counted in row t of counts_TC.
     """
-    open_N = np.empty(x_TN.shape[1], np.int32)
+    decided_N = np.empty(x_TN.shape[1], np.int32)
     for t in range(first, last):
         s = slot_T[t]
         if n_rows_S[s]:
             rows_2R = rows_2SR[:, s, : n_rows_S[s]]
-            _replace(x_TN[t], named_SN[s], rows_2R, numbers_KFN, kinds_K2, open_N, counts_TC[t])
+            _replace(x_TN[t], named_SN[s], rows_2R, numbers_KFN, kinds_K2, decided_N, counts_TC[t])
 
 
 @part
-def _replace(x_N, named_N, rows_2R, numbers_KFN, kinds_K2, open_N, counts_C):  # type: ignore[no-untyped-def]
-    """One token's values, in place. open_N is room for what several rows tell each other."""
+def _replace(x_N, named_N, rows_2R, numbers_KFN, kinds_K2, decided_N, counts_C):  # type: ignore[no-untyped-def]
+    """One token's values, in place. decided_N is room for what several rows tell each other."""
     if rows_2R.shape[1] == 1:
         k = rows_2R[BANK, 0]
         tested, changed = _by_only_row(x_N, named_N, numbers_KFN[k], kinds_K2[k])
         counts_C[0] += tested
         counts_C[1 + rows_2R[RULE, 0]] += changed
         return
-    counts_C[0] += _tested(x_N, named_N, open_N)
+    counts_C[0] += _tested(x_N, named_N, decided_N)
     for r in range(rows_2R.shape[1]):
-        k = rows_2R[BANK, r]
-        counts_C[1 + rows_2R[RULE, r]] += _by_row(x_N, numbers_KFN[k], kinds_K2[k], open_N)
+        k, row = rows_2R[BANK, r], np.int32(r + 1)
+        counts_C[1 + rows_2R[RULE, r]] += _decide(x_N, numbers_KFN[k], row, decided_N)
+        _by_row(x_N, numbers_KFN[k], kinds_K2[k], row, decided_N)
 
 
-# The loops below have no branch and write where they read, or to one more array: so they become vector instructions.
+# The loops below have no branch and write to one array each: so they become vector instructions. A value that may stay
+# as it is stands in one expression with its replacement: from a replacement worked out before, LLVM makes a store of
+# some lanes of a vector only, which takes AMD's cores tens of cycles.
 
 
 @part
@@ -91,48 +94,58 @@ def _by_only_row(x_N, named_N, numbers_FN, kinds_2):  # type: ignore[no-untyped-
         for j in range(x_N.shape[0]):
             x = x_N[j]
             finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
-            replaced = x * (a_N[j] + g_N[j] * abs(x - centre_N[j])) + b_N[j]
-            x_N[j] = replaced if inside else x
+            x_N[j] = x * (a_N[j] + g_N[j] * abs(x - centre_N[j])) + b_N[j] if inside else x
             tested = np.int32(tested + np.int32(named_N[j] & finite))
             changed = np.int32(changed + np.int32(np.int32(inside) & finite))
     else:
         for j in range(x_N.shape[0]):
             x = x_N[j]
             finite, inside = np.int32(x - x == zero), (x >= lower_N[j]) & (x <= upper_N[j])
-            replaced = x * a_N[j] + b_N[j]
-            x_N[j] = replaced if inside else x
+            x_N[j] = x * a_N[j] + b_N[j] if inside else x
             tested = np.int32(tested + np.int32(named_N[j] & finite))
             changed = np.int32(changed + np.int32(np.int32(inside) & finite))
     return tested, changed
 
 
 @part
-def _tested(x_N, named_N, open_N):  # type: ignore[no-untyped-def]
-    """Before several rows: how many values there are to test, and all of them open."""
+def _tested(x_N, named_N, decided_N):  # type: ignore[no-untyped-def]
+    """Before several rows: how many values there are to test. decided_N becomes 0, no row has decided."""
     tested, zero = np.int32(0), np.float32(0)
     for j in range(x_N.shape[0]):
         x = x_N[j]
         tested = np.int32(tested + np.int32(named_N[j] & np.int32(x - x == zero)))
-        open_N[j] = 1
+        decided_N[j] = 0
     return tested
 
 
 @part
-def _by_row(x_N, numbers_FN, kinds_2, open_N):  # type: ignore[no-untyped-def]
-    """One of several rows; open_N is 1 where no row before it has decided."""
-    lower_N, upper_N, a_N, b_N = numbers_FN[LOWER], numbers_FN[UPPER], numbers_FN[A], numbers_FN[B]
-    g_N, centre_N = numbers_FN[G], numbers_FN[CENTRE]
+def _decide(x_N, numbers_FN, row, decided_N):  # type: ignore[no-untyped-def]
+    """decided_N becomes `row` (from 1 on) where it was 0 and the value is inside; returns how many finite ones are."""
+    lower_N, upper_N = numbers_FN[LOWER], numbers_FN[UPPER]
     changed, zero = np.int32(0), np.float32(0)
-    is_constant, is_adaptive = kinds_2[CONSTANT], kinds_2[ADAPTIVE]
     for j in range(x_N.shape[0]):
         x = x_N[j]
-        inside = np.int32((x >= lower_N[j]) & (x <= upper_N[j])) & open_N[j]
+        inside = np.int32((x >= lower_N[j]) & (x <= upper_N[j]) & (decided_N[j] == 0))
         changed = np.int32(changed + np.int32(inside & np.int32(x - x == zero)))
-        slope = a_N[j] + g_N[j] * abs(x - centre_N[j]) if is_adaptive else a_N[j]
-        replaced = b_N[j] if is_constant else x * slope + b_N[j]
-        x_N[j] = replaced if inside else x
-        open_N[j] = np.int32(open_N[j] - inside)
+        decided_N[j] = np.int32(decided_N[j] + np.int32(-inside & row))
     return changed
+
+
+@part
+def _by_row(x_N, numbers_FN, kinds_2, row, decided_N):  # type: ignore[no-untyped-def]
+    """Replace what `row` has decided."""
+    a_N, b_N, g_N, centre_N = numbers_FN[A], numbers_FN[B], numbers_FN[G], numbers_FN[CENTRE]
+    if kinds_2[CONSTANT]:
+        for j in range(x_N.shape[0]):
+            x_N[j] = b_N[j] if decided_N[j] == row else x_N[j]
+    elif kinds_2[ADAPTIVE]:
+        for j in range(x_N.shape[0]):
+            x = x_N[j]
+            x_N[j] = x * (a_N[j] + g_N[j] * abs(x - centre_N[j])) + b_N[j] if decided_N[j] == row else x
+    else:
+        for j in range(x_N.shape[0]):
+            x = x_N[j]
+            x_N[j] = x * a_N[j] + b_N[j] if decided_N[j] == row else x
 
 
 @jit
