@@ -2,10 +2,8 @@
 
 import functools
 import importlib.util
-import itertools
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +12,7 @@ import torch
 from neuronlens import kernels
 from neuronlens.histograms import MANTISSA_BITS, MAX_BIN, MIN_EXPONENT, N_BINS
 from neuronlens.moments import Moments
+from neuronlens.teams import Task
 
 
 class Accumulator(Protocol):
@@ -38,8 +37,8 @@ def make_accumulator(n_neurons: int, *, histogram: bool, device: torch.device, n
 
 
 class CpuAccumulator:
-    """Runs `kernels.accumulate`, the columns shared out over `n_threads` threads. Half precision is widened to
-    float32."""
+    """Runs `kernels.ACCUMULATE`, the columns shared out over `n_threads` of torch's threads. Half precision is widened
+    to float32."""
 
     def __init__(self, n_neurons: int, *, histogram: bool, n_threads: int = 1) -> None:
         self._n_N = np.zeros(n_neurons, np.int64)
@@ -48,19 +47,16 @@ class CpuAccumulator:
         self._state_SN[kernels.LOW] = np.inf
         self._state_SN[kernels.HIGH] = -np.inf
         self._counts_NB = np.zeros((n_neurons if histogram else 0, N_BINS), np.int32)
-        self._spans = _column_spans(n_neurons, n_threads)
-        self._pool = ThreadPoolExecutor(n_threads) if len(self._spans) > 1 else None
+        kept = self._n_N, self._n_nonfinite_N, self._state_SN, self._counts_NB
+        self._task = Task(kernels.ACCUMULATE, [None, None, *kept])
+        self._n_threads = n_threads
 
     def add(self, x_RN: torch.Tensor, rows_K: torch.Tensor) -> None:
-        x = x_RN.float().contiguous().numpy()
-        rows = rows_K.numpy()
-        if self._pool is None:
-            self._add_columns(x, rows, *self._spans[0])
-        else:
-            list(self._pool.map(lambda span: self._add_columns(x, rows, *span), self._spans))
-
-    def _add_columns(self, x_RN: np.ndarray, rows_K: np.ndarray, first: int, last: int) -> None:
-        kernels.accumulate(x_RN, rows_K, first, last, self._n_N, self._n_nonfinite_N, self._state_SN, self._counts_NB)
+        x, rows = x_RN.float().contiguous(), rows_K.contiguous()
+        assert (rows.dtype, x.shape[1]) == (torch.int64, len(self._n_N))
+        self._task.point(0, x.data_ptr(), *x.shape)
+        self._task.point(1, rows.data_ptr(), len(rows))
+        self._task.run(x.shape[1], n_threads=self._n_threads)
 
     def moments(self) -> Moments:
         s, n = self._state_SN, self._n_N
@@ -193,11 +189,6 @@ def _triton_compiles(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None or not has_compiler:
         return False
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _column_spans(n_columns: int, n_threads: int) -> list[tuple[int, int]]:
-    edges = np.linspace(0, n_columns, n_threads + 1).astype(int)
-    return [(int(first), int(last)) for first, last in itertools.pairwise(edges) if last > first]
 
 
 def _sum_without_overflow(x_KN: torch.Tensor) -> torch.Tensor:

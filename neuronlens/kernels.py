@@ -8,8 +8,9 @@ into bins while it is still there. A chain of torch operations over the same blo
 
 import numpy as np
 
-from neuronlens.compiled import jit, part
+from neuronlens.compiled import part
 from neuronlens.histograms import MANTISSA_BITS, MAX_BIN, MIN_EXPONENT, N_BINS
+from neuronlens.teams import Loop, loop, matrix, next_items, vector
 
 BLOCK_ROWS = 256
 BLOCK_COLUMNS = 256
@@ -23,13 +24,31 @@ MEAN, M2, M3, M4, SUM_ABS, LOW, HIGH = range(7)
 N_STATE = 7
 
 
-@jit
-def accumulate(x_RN, rows_K, j_first, j_last, n_N, n_nonfinite_N, state_SN, counts_NB):  # type: ignore[no-untyped-def]
+@loop
+def _accumulate_columns(task):  # type: ignore[no-untyped-def]
+    x_RN, rows_K = matrix(task, 0, np.float32), vector(task, 1, np.int64)
+    n_N, n_nonfinite_N = vector(task, 2, np.int64), vector(task, 3, np.int64)
+    state_SN, counts_NB = matrix(task, 4, np.float64), matrix(task, 5, np.int32)
+    first, last = next_items(task)
+    while first < last:
+        _accumulate(x_RN, rows_K, first, last, n_N, n_nonfinite_N, state_SN, counts_NB)
+        first, last = next_items(task)
+
+
+ACCUMULATE = Loop(
+    _accumulate_columns,
+    ((np.float32, 2), (np.int64, 1), (np.int64, 1), (np.int64, 1), (np.float64, 2), (np.int32, 2)),
+)
+"""Its items are columns, its arrays x_RN, rows_K, n_N, n_nonfinite_N, state_SN and counts_NB of `_accumulate`."""
+
+
+@part
+def _accumulate(x_RN, rows_K, j_first, j_last, n_N, n_nonfinite_N, state_SN, counts_NB):  # type: ignore[no-untyped-def]
     """Add the rows `rows_K` of float32 x_RN to the running moments of columns j_first..j_last, and count their bins.
 
     n_N and n_nonfinite_N are int64; state_SN is float64 [N_STATE, N], starting at 0 with LOW = inf and HIGH = -inf;
     counts_NB is int32 [N, N_BINS], or of no rows where no histogram is wanted. All four are changed in place. Calls on
-    disjoint column ranges may run in different threads: the interpreter's lock is not held.
+    disjoint column ranges may run in different threads.
     """
     centre_J = np.empty(BLOCK_COLUMNS, np.float32)
     sums_SJ = np.empty((N_STATE, BLOCK_COLUMNS), np.float32)

@@ -8,6 +8,7 @@ the same bits. Counts are 32 bits wide, like the values, so that one vector inst
 import numpy as np
 
 from neuronlens.compiled import jit, part
+from neuronlens.teams import Loop, cube, loop, matrix, next_items, vector
 
 LOWER, UPPER, A, B, G, CENTRE = range(6)
 """Rows of numbers_KFN[k]: k comes first, so that they lie in a row and numba knows it."""
@@ -41,20 +42,30 @@ def replace_inside(  # type: ignore[no-untyped-def]
                 _replace(out_N, named_SN[s], rows_2R, numbers_KFN, kinds_K2, decided_N, counts_BC[b])
 
 
-@jit
-def replace_in_place(  # type: ignore[no-untyped-def]
-    x_TN, first, last, slot_T, n_rows_S, rows_2SR, named_SN, numbers_KFN, kinds_K2, counts_TC
-):
-    """As `replace_inside`, for rows that are single tokens of many sequences, changed where they lie.
-
-    Token t, of `first` to `last`, runs under slot_T[t] and is counted in row t of counts_TC.
-    """
+@loop
+def _replace_in_place(task):  # type: ignore[no-untyped-def]
+    """As `replace_inside`, for rows that are single tokens of many sequences, changed where they lie: token t runs
+    under slot_T[t] and is counted in row t of counts_TC (int32). Both may have more tokens than x_TN."""
+    x_TN, slot_T, n_rows_S = matrix(task, 0, np.float32), vector(task, 1, np.int32), vector(task, 2, np.int64)
+    rows_2SR, named_SN, numbers_KFN = cube(task, 3, np.int64), matrix(task, 4, np.int32), cube(task, 5, np.float32)
+    kinds_K2, counts_TC = matrix(task, 6, np.bool_), matrix(task, 7, np.int32)
     decided_N = np.empty(x_TN.shape[1], np.int32)
-    for t in range(first, last):
-        s = slot_T[t]
-        if n_rows_S[s]:
-            rows_2R = rows_2SR[:, s, : n_rows_S[s]]
-            _replace(x_TN[t], named_SN[s], rows_2R, numbers_KFN, kinds_K2, decided_N, counts_TC[t])
+    first, last = next_items(task)
+    while first < last:
+        for t in range(first, last):
+            s = slot_T[t]
+            if n_rows_S[s]:
+                rows_2R = rows_2SR[:, s, : n_rows_S[s]]
+                _replace(x_TN[t], named_SN[s], rows_2R, numbers_KFN, kinds_K2, decided_N, counts_TC[t])
+        first, last = next_items(task)
+
+
+REPLACE_IN_PLACE = Loop(
+    _replace_in_place,
+    ((np.float32, 2), (np.int32, 1), (np.int64, 1), (np.int64, 3), (np.int32, 2), (np.float32, 3), (np.bool_, 2),
+     (np.int32, 2)),
+)  # fmt: skip
+"""Its items are tokens, its arrays x_TN, slot_T, n_rows_S, rows_2SR, named_SN, numbers_KFN, kinds_K2 and counts_TC."""
 
 
 @part
@@ -148,27 +159,41 @@ def _by_row(x_N, numbers_FN, kinds_2, row, decided_N):  # type: ignore[no-untype
             x_N[j] = x * a_N[j] + b_N[j] if decided_N[j] == row else x
 
 
-@jit
-def settle(n_tokens, slot_T, counter_T, counts_TC, counts_UC):  # type: ignore[no-untyped-def]
+@loop
+def _settle(task):  # type: ignore[no-untyped-def]
     """Add each token's counts to its row of counts_UC, and leave the tokens without slots and counts."""
-    for t in range(n_tokens):
+    slot_T, counter_T = vector(task, 0, np.int32), vector(task, 1, np.int32)
+    counts_TC, counts_UC = matrix(task, 2, np.int32), matrix(task, 3, np.int64)
+    first, last = next_items(task)
+    for t in range(first, last):
         for c in range(counts_TC.shape[1]):
             counts_UC[counter_T[t], c] += counts_TC[t, c]
             counts_TC[t, c] = 0
         slot_T[t] = 0
 
 
-@jit
-def spread(about_4R, n_scheduled_R, n_computed_R, n_prompt_R, slot_T, counter_T):  # type: ignore[no-untyped-def]
-    """Give every token its slot and its counter; returns how many tokens there are.
+SETTLE = Loop(_settle, ((np.int32, 1), (np.int32, 1), (np.int32, 2), (np.int64, 2)))
+"""Its items are tokens, all done by one thread; its arrays slot_T, counter_T, counts_TC and counts_UC."""
 
-    Sequence r has n_scheduled_R[r] tokens, from position n_computed_R[r] on. about_4R[:, r]: its slot in the prompt,
-    its slot after it, its counter, and up to which position it was counted before.
-    """
+IN_PROMPT, AFTER_IT, COUNTER, COUNTED, N_TOKENS, START, N_PROMPT, N_ABOUT = range(8)
+"""Columns of about_RA, what a sequence says of its tokens: their slot in the prompt and after it, their counter, up to
+which position they were counted before, how many they are, from which position on, and how long the prompt is."""
+
+
+@loop
+def _spread(task):  # type: ignore[no-untyped-def]
+    """Give every token its slot and its counter."""
+    about_RA = matrix(task, 0, np.int64)
+    slot_T, counter_T = vector(task, 1, np.int32), vector(task, 2, np.int32)
+    first, last = next_items(task)
     t = 0
-    for r in range(n_scheduled_R.shape[0]):
-        for position in range(n_computed_R[r], n_computed_R[r] + n_scheduled_R[r]):
-            slot_T[t] = about_4R[0, r] if position < n_prompt_R[r] else about_4R[1, r]
-            counter_T[t] = 0 if position < about_4R[3, r] else about_4R[2, r]
+    for r in range(first, last):
+        about_A = about_RA[r]
+        for position in range(about_A[START], about_A[START] + about_A[N_TOKENS]):
+            slot_T[t] = about_A[IN_PROMPT] if position < about_A[N_PROMPT] else about_A[AFTER_IT]
+            counter_T[t] = 0 if position < about_A[COUNTED] else about_A[COUNTER]
             t += 1
-    return t
+
+
+SPREAD = Loop(_spread, ((np.int64, 2), (np.int32, 1), (np.int32, 1)))
+"""Its items are sequences, all done by one thread; its arrays about_RA, slot_T and counter_T."""

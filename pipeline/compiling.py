@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import ray
 from filelock import FileLock, Timeout
@@ -19,7 +18,6 @@ from filelock import FileLock, Timeout
 from neuronlens import kernels
 from neuronlens.bumps import Bumps
 from neuronlens.distributions import distributions_of
-from neuronlens.histograms import N_BINS
 from neuronlens.information import information_of
 from neuronlens.overlap import is_compiled, pairs_of
 
@@ -34,11 +32,9 @@ def compile_ahead() -> None:
 
 
 def have_accumulate() -> None:
-    """Have ready what `neuronlens.accumulate.CpuAccumulator` calls."""
-    counts = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    state_SN, counts_NB = np.zeros((kernels.N_STATE, 1)), np.zeros((1, N_BINS), np.int32)
+    """Have ready what `neuronlens.accumulate.CpuAccumulator` runs."""
     with _one_at_a_time("accumulate"):
-        kernels.accumulate(np.zeros((1, 1), np.float32), np.zeros(1, np.int64), 0, 1, *counts, state_SN, counts_NB)
+        kernels.ACCUMULATE.compile()
 
 
 def have_scores() -> None:

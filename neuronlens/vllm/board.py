@@ -5,17 +5,18 @@ forward pass that has a program, and set back to slot 0 after it.
 """
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from neuronlens.slot_kernel import settle
+from neuronlens.slot_kernel import SETTLE
+from neuronlens.teams import Task
 from neuronlens.vllm.tables import ReplaceByNumba, SiteTables, SlotTables, replace_by_torch
 
-Replace = Callable[[Tensor, SiteTables, Tensor, Tensor], None]
-"""Takes x_TN, the site's tables, slot_T and counts_TC."""
+Replace = Callable[[Tensor], None]
+"""Changes one site's x_TN in place."""
 
 
 class Board:
@@ -38,10 +39,14 @@ class Board:
         self.counts_TC = zeros(n_tokens, 1 + n_rules, dtype=torch.int32)
         self.counts_UC = zeros(n_counters + 1, 1 + n_rules, dtype=torch.int64)
         self._nobodys_TC = torch.zeros_like(self.counts_TC)
-        # Where every rank sees the same values, one of them counts.
-        self._counts_here = [site.site.is_sliced or rank == 0 for site in tables.sites]
         self._n_seated = 0
-        self._replace = _replace_for(device)
+        if self._is_cpu:
+            self._settle = Task(SETTLE, [*self.host_2T, self.counts_TC.numpy(), self.counts_UC.numpy()])
+        self._replace = [
+            # Where every rank sees the same values, one of them counts.
+            _replace_at(site, self.slot_T, self.counts_TC if site.site.is_sliced or rank == 0 else self._nobodys_TC)
+            for site in tables.sites
+        ]
 
     @cached_property
     def host_2T(self) -> np.ndarray:
@@ -62,7 +67,7 @@ class Board:
             return
         self.is_idle = True
         if self._is_cpu:
-            settle(self._n_seated, *self.host_2T, self.counts_TC.numpy(), self.counts_UC.numpy())
+            self._settle.run(self._n_seated)
             return
         seated = slice(self._n_seated)
         self.counts_UC.index_add_(0, self._counter_T[seated], self.counts_TC[seated].long())
@@ -74,8 +79,7 @@ class Board:
         # A CUDA graph is captured while nobody is seated, and has to hold the launch.
         if self.is_idle and self._is_cpu:
             return
-        counts_TC = self.counts_TC if self._counts_here[index] else self._nobodys_TC
-        self._replace(x_TN, self.tables.sites[index], self.slot_T, counts_TC)
+        self._replace[index](x_TN)
 
     def run_pair(self, x_TN: Tensor, residual_TN: Tensor, index: int) -> None:
         """The same where the values are x_TN + residual_TN: a value that is replaced stands in the residual, and x is 0
@@ -105,11 +109,12 @@ class Board:
         return found
 
 
-def _replace_for(device: torch.device) -> Replace:
-    if device.type == "cpu":
-        return ReplaceByNumba(torch.get_num_threads())
-    if device.type == "cuda":
+def _replace_at(tables: SiteTables, slot_T: Tensor, counts_TC: Tensor) -> Replace:
+    if slot_T.is_cpu:
+        return ReplaceByNumba(tables, slot_T, counts_TC, n_threads=torch.get_num_threads())
+    replace = replace_by_torch
+    if slot_T.is_cuda:
         from neuronlens.vllm.triton_kernel import replace_by_triton
 
-        return replace_by_triton
-    return replace_by_torch
+        replace = replace_by_triton
+    return partial(replace, tables=tables, slot_T=slot_T, counts_TC=counts_TC)

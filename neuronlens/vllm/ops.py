@@ -3,6 +3,7 @@
 They find the board as vLLM's attention finds its cache, in the forward context. Importing this module registers them.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +26,14 @@ def steer_pair(x: Tensor, residual: Tensor, site: int) -> None:
 
 
 def _board() -> Any:
+    return _way_to_context()().no_compile_layers[KEY]
+
+
+@cache
+def _way_to_context() -> Any:
     from vllm.forward_context import get_forward_context
 
-    return get_forward_context().no_compile_layers[KEY]
+    return get_forward_context
 
 
 def _nothing(*_: Any) -> None:

@@ -4,24 +4,22 @@ Slot 0 is no program. A program has up to `rules` rules, each a row for every pi
 slots share a site's `rule_rows`, before which row 0 contains no value.
 """
 
-import itertools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from neuronlens.programs import SiteProgram
-from neuronlens.slot_kernel import ADAPTIVE, BANK, CENTRE, CONSTANT, LOWER, RULE, UPPER, A, B, G, replace_in_place
+from neuronlens.slot_kernel import ADAPTIVE, BANK, CENTRE, CONSTANT, LOWER, REPLACE_IN_PLACE, RULE, UPPER, A, B, G
+from neuronlens.teams import Task
 from neuronlens.vllm.config import WorkerConfig
 from neuronlens.vllm.sites import RankSite
 
 N_FIELDS = 6
-_SHARED_VALUES = 1 << 17
-"""From so many on, other threads help: waking one takes as long as 30,000 values."""
+_ALONE = 1 << 15
+"""Up to so many values one thread is as fast as two: asking another to help takes as long as its half."""
 
 
 class NoRoom(Exception):
@@ -38,8 +36,6 @@ class SiteTables:
     named_SN: Tensor
     numbers_KFN: Tensor
     kinds_K2: Tensor
-    arrays: tuple[Any, ...] = ()
-    """On the CPU, the five in numpy, as `slot_kernel` takes them; they share the tensors' memory."""
 
     @classmethod
     def empty(cls, site: RankSite, config: WorkerConfig, device: torch.device) -> "SiteTables":
@@ -55,9 +51,14 @@ class SiteTables:
             zeros(n_rows, N_FIELDS, site.width, dtype=torch.float32),
             zeros(n_rows, 2, dtype=torch.bool),
         )
-        tables = cls(site, *parts, tuple(part.numpy() for part in parts) if device.type == "cpu" else ())
+        tables = cls(site, *parts)
         tables.numbers_KFN[0, LOWER], tables.numbers_KFN[0, UPPER] = torch.inf, -torch.inf
         return tables
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """On a CPU: the five in numpy, as `slot_kernel` takes them, in the tensors' memory."""
+        parts = self.n_rows_S, self.rows_2SR, self.named_SN, self.numbers_KFN, self.kinds_K2
+        return tuple(part.numpy() for part in parts)
 
     def put(self, slot: int, program: SiteProgram, rows: Sequence[int], dtype: torch.dtype) -> None:
         """The part of this rank into `slot`, its rows at these places. Bounds are rounded to the activations' dtype."""
@@ -142,26 +143,21 @@ class SlotTables:
 
 
 class ReplaceByNumba:
-    """Changes x_TN, in the CPU's memory and of any floating dtype, in place: one compiled pass, whose tokens are shared
-    out over threads where there are many. slot_T and counts_TC (int32: tested, then changed by each rule) may have more
-    tokens than x_TN."""
+    """Changes values at one site, in the CPU's memory and of any floating dtype, in place: one compiled pass, whose
+    tokens are shared out over torch's threads. slot_T and counts_TC (int32: tested, then changed by each rule), which
+    keep their place, may have more tokens than come."""
 
-    def __init__(self, n_threads: int) -> None:
+    def __init__(self, tables: SiteTables, slot_T: Tensor, counts_TC: Tensor, *, n_threads: int) -> None:
+        self._task = Task(REPLACE_IN_PLACE, [None, slot_T.numpy(), *tables.arrays(), counts_TC.numpy()])
         self._n_threads = n_threads
-        self._pool = ThreadPoolExecutor(n_threads - 1) if n_threads > 1 else None
+        self._width = tables.site.width
 
-    def __call__(self, x_TN: Tensor, tables: SiteTables, slot_T: Tensor, counts_TC: Tensor) -> None:
+    def __call__(self, x_TN: Tensor) -> None:
         x = x_TN if x_TN.dtype is torch.float32 and x_TN.is_contiguous() else x_TN.float().contiguous()
-        values, more = x.numpy(), (slot_T.numpy(), *tables.arrays, counts_TC.numpy())
-        if self._pool is None or values.size < _SHARED_VALUES:
-            replace_in_place(values, 0, len(values), *more)
-        else:
-            edges = [len(values) * i // self._n_threads for i in range(self._n_threads + 1)]
-            (first, *others) = itertools.pairwise(edges)
-            shares = [self._pool.submit(replace_in_place, values, *span, *more) for span in others]
-            replace_in_place(values, *first, *more)
-            for share in shares:
-                share.result()
+        n_tokens, width = x.shape
+        assert width == self._width, f"{width} neurons, expected {self._width}"
+        self._task.point(0, x.data_ptr(), n_tokens, width)
+        self._task.run(n_tokens, n_threads=self._n_threads if n_tokens * width > _ALONE else 1)
         if x is not x_TN:
             x_TN.copy_(x)
 

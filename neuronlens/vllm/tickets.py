@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from neuronlens.slot_kernel import spread
+from neuronlens.slot_kernel import AFTER_IT, COUNTED, COUNTER, IN_PROMPT, N_ABOUT, N_PROMPT, N_TOKENS, SPREAD, START
+from neuronlens.teams import Task
 from neuronlens.vllm.board import Board
 from neuronlens.vllm.tables import NoRoom
 from neuronlens.vllm.wire import unpack
 
 Answer = Literal["admitted", "unknown_program", "busy", "bad_program"]
-_NOBODY = (0, 0, 0, 0)
 _KEPT_TICKETS = 1_000
 """Handed back, and still known, so that a straggler of theirs runs under the right program."""
 
@@ -37,6 +37,36 @@ class Ticket:
     """Sequence -> up to which position it was counted: one that vLLM preempted computes its tokens again."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What stays the same from one forward pass to the next while no sequence comes or goes."""
+
+    sequences: list[str]
+    names: list[Any]
+    tickets: list[Ticket | None]
+    about_RA: np.ndarray
+    """int64, columns as `slot_kernel` has them; `COUNTED` grows here, and is a ticket's again by `write_down`."""
+    is_idle: bool
+
+    @classmethod
+    def of(cls, sequences: Sequence[str], tickets: list[Ticket | None], names: Sequence[Any]) -> "_Batch":
+        about_RA = np.zeros((len(tickets), N_ABOUT), np.int64)
+        for r, ticket in enumerate(tickets):
+            if ticket is not None:
+                about_RA[r, IN_PROMPT] = ticket.slot * ticket.in_prompt
+                about_RA[r, AFTER_IT] = ticket.slot * ticket.in_generation
+                about_RA[r, COUNTER] = ticket.row
+                about_RA[r, COUNTED] = ticket.counted.get(sequences[r], 0)
+        return cls(list(sequences), list(names), tickets, about_RA, not any(tickets))
+
+    def write_down(self) -> None:
+        for sequence, ticket, counted in zip(
+            self.sequences, self.tickets, self.about_RA[:, COUNTED].tolist(), strict=True
+        ):
+            if ticket is not None and ticket.row:
+                ticket.counted[sequence] = counted
+
+
 class Tickets:
     """The programs in their slots, and who uses them. One thread uses it: between or before forward passes."""
 
@@ -49,6 +79,8 @@ class Tickets:
         self._unused_rows = list(range(n_counters, 0, -1))
         self._tickets: dict[str, Ticket] = {}
         self._old: dict[str, Ticket] = {}
+        self._spread = Task(SPREAD, [None, *board.host_2T])
+        self._batch, self._is_new = _Batch.of([], [], []), False
 
     @property
     def n_programs(self) -> int:
@@ -77,6 +109,7 @@ class Tickets:
             except NoRoom:
                 return "busy", f"{self.n_programs} distinct programs are at work, and there is no room for another"
         self._slots[program] = self._slots.pop(program)
+        self._is_new = True
         self._tickets[name] = Ticket(
             program=program,
             slot=slot,
@@ -91,6 +124,7 @@ class Tickets:
         ticket = self._tickets.pop(name, None)
         if ticket is None:
             return None
+        self._is_new = True
         counts = self._board.counts(ticket.row)
         self._unused_rows.append(ticket.row)
         ticket.row = 0
@@ -111,27 +145,30 @@ class Tickets:
         """Seat the tokens of the next forward pass: n_scheduled_R of each sequence, in the batch's order, from position
         n_computed_R on. names: each sequence's ticket, or None. Position, not order of arrival, tells the prompt from
         what was generated."""
-        about_R4 = [_NOBODY] * len(names)
-        for i, name in enumerate(names):
-            ticket = self._ticket(name) if name else None
-            if ticket is not None:
-                counted = ticket.counted.get(sequences[i], 0) if ticket.row else 0
-                slots = ticket.slot * ticket.in_prompt, ticket.slot * ticket.in_generation
-                about_R4[i] = (*slots, ticket.row, counted)
-                if ticket.row:
-                    ticket.counted[sequences[i]] = max(counted, int(n_computed_R[i]) + int(n_scheduled_R[i]))
+        if self._is_new or sequences != self._batch.sequences or names != self._batch.names:
+            self._take_in(sequences, names)
         self._board.rest()
-        if any(about is not _NOBODY for about in about_R4):
-            about_4R = np.array(about_R4, np.int64).T
-            self._board.seat(spread(about_4R, n_scheduled_R, n_computed_R, n_prompt_R, *self._board.host_2T))
+        if self._batch.is_idle:
+            return
+        about_RA = self._batch.about_RA
+        about_RA[:, N_TOKENS], about_RA[:, START], about_RA[:, N_PROMPT] = n_scheduled_R, n_computed_R, n_prompt_R
+        self._spread.run(len(names))
+        np.maximum(about_RA[:, COUNTED], n_computed_R + n_scheduled_R, out=about_RA[:, COUNTED])
+        self._board.seat(int(n_scheduled_R.sum()))
+
+    def _take_in(self, sequences: Sequence[str], names: Sequence[Any]) -> None:
+        """Another batch than the last, or the same after tickets have come or gone."""
+        self._batch.write_down()
+        self._batch, self._is_new = _Batch.of(sequences, [self._ticket(name) for name in names], names), False
+        self._spread.point(0, self._batch.about_RA.ctypes.data, *self._batch.about_RA.shape)
 
     @property
     def is_empty(self) -> bool:
         """Whether no sequence can have a program."""
         return not self._tickets and not self._old
 
-    def _ticket(self, name: str) -> Ticket | None:
-        return self._tickets.get(name) or self._old.get(name)
+    def _ticket(self, name: Any) -> Ticket | None:
+        return self._tickets.get(name) or self._old.get(name) if name else None
 
     def _used_slots(self) -> set[int]:
         return {ticket.slot for ticket in self._tickets.values()}

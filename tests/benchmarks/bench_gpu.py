@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neuronlens import gpu_kernels
 from neuronlens.accumulate import Accumulator, TorchAccumulator, TritonAccumulator
-from neuronlens.vllm.board import Board, Replace
+from neuronlens.vllm.board import Board
 from neuronlens.vllm.config import WorkerConfig
 from neuronlens.vllm.tables import SlotTables, replace_by_torch
 from neuronlens.vllm.triton_kernel import replace_by_triton
@@ -101,7 +101,7 @@ def tell(**found: str | float) -> None:
 
 def steering(n_layers: int, repeats: int) -> None:
     weights = layer_weights(n_layers)
-    replaces: dict[str, Replace] = {
+    replaces: dict[str, Callable[..., None]] = {
         "triton": replace_by_triton,
         "torch": replace_by_torch,
     }
@@ -109,7 +109,7 @@ def steering(n_layers: int, repeats: int) -> None:
         x_TD = torch.randn(n_tokens, D_MODEL, dtype=torch.bfloat16, device="cuda")
         board = board_of(n_layers, n_tokens)
 
-        def hook_of(replace: Replace, board: Board = board) -> Callable[[Tensor, int], None]:
+        def hook_of(replace: Callable[..., None], board: Board = board) -> Callable[[Tensor, int], None]:
             return lambda x_TN, layer: replace(x_TN, board.tables.sites[layer], board.slot_T, board.counts_TC)
 
         def graph_of(hook: Callable[[Tensor, int], None] | None, x_TD: Tensor = x_TD) -> Callable[[], None]:

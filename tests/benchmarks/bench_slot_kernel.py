@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from neuronlens.slot_kernel import BANK, LOWER, RULE, UPPER, A, replace_in_place
+from neuronlens.slot_kernel import BANK, LOWER, REPLACE_IN_PLACE, RULE, UPPER, A
+from neuronlens.teams import Task
 
 CASES = {
     "1,450 tokens of 1,024 neurons": (1_450, 1_024, 1, 1),
@@ -44,8 +45,10 @@ def measured(n_tokens: int, width: int, n_programs: int, n_rows: int, repeats: i
     counts_TC = np.zeros((n_tokens, 1 + n_rows), np.int32)
     y_TN = x_TN.copy()
 
+    task = Task(REPLACE_IN_PLACE, [y_TN, slot_T, *arrays, counts_TC])
+
     def replace() -> None:
-        replace_in_place(y_TN, 0, n_tokens, slot_T, *arrays, counts_TC)
+        task.run(n_tokens)
 
     def touch() -> None:
         np.multiply(y_TN, np.float32(1), out=y_TN)

@@ -16,7 +16,8 @@ from pipeline.plan import freeze, make_plan
 from pipeline.statistics import compute_statistics_here
 from tests.pipeline.runs import recipe
 
-functions = (kernels.accumulate, bumps._find_runs, distributions._describe, information._inform, overlap._score_neurons)
+accumulate = kernels.ACCUMULATE.function
+functions = (accumulate, bumps._find_runs, distributions._describe, information._inform, overlap._score_neurons)
 have_accumulate()
 have_scores()
 assert overlap.is_compiled()

@@ -1,5 +1,7 @@
 """The rules of many slots on tokens in a row: the compiled pass and the torch operations, held to numpy by hand."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,13 +14,17 @@ from neuronlens.vllm.wire import pack, unpack
 from tests.neuronlens.vllm.boards import CONFIG, RULES, board, by_hand, program, rank_site, values
 from tests.range_tables import RULES_ON_PIECES, apply_by_hand, pieces, random_pieces, table_of
 
-WAYS = {"numba": ReplaceByNumba(1), "three threads": ReplaceByNumba(3), "torch": replace_by_torch}
+WAYS = {
+    "numba": partial(ReplaceByNumba, n_threads=1),
+    "three threads": partial(ReplaceByNumba, n_threads=3),
+    "torch": lambda *arrays: lambda x_TN: replace_by_torch(x_TN, *arrays),
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_replace__does_to_each_token_what_its_own_program_says(way, dtype, monkeypatch):
-    monkeypatch.setattr(tables, "_SHARED_VALUES", 1)
+    monkeypatch.setattr(tables, "_ALONE", 0)
     width, slots = 37, [0, 1, 2, 3, 4, 2, 0, 1]
     programs = [program(rules, width) for rules in RULES]
     made, _ = board([rank_site(width)], dtype=dtype, config=CONFIG.model_copy(update={"rule_rows": 7}))
@@ -28,7 +34,7 @@ def test_replace__does_to_each_token_what_its_own_program_says(way, dtype, monke
     before = x_TN.double().numpy().copy()
     made.host_2T[0, : len(slots)], made.host_2T[1, : len(slots)] = slots, slots
     made.seat(len(slots))
-    WAYS[way](x_TN, made.tables.sites[0], made.slot_T, made.counts_TC)
+    WAYS[way](made.tables.sites[0], made.slot_T, made.counts_TC)(x_TN)
     made.rest()
     expected_counts = np.zeros((9, 4), int)
     for t, slot in enumerate(slots):
@@ -56,7 +62,7 @@ def test_replace__does_inside_any_piece_what_the_rules_say(way, seed):
     slot_T = np.random.default_rng(seed).integers(0, len(RULES_ON_PIECES) + 1, n_tokens)
     made.host_2T[0, :n_tokens], made.host_2T[1, :n_tokens] = slot_T, slot_T
     made.seat(n_tokens)
-    WAYS[way](x_TN, made.tables.sites[0], made.slot_T, made.counts_TC)
+    WAYS[way](made.tables.sites[0], made.slot_T, made.counts_TC)(x_TN)
     made.rest()
     expected_counts = np.zeros((9, 1 + config.rules), int)
     for t, slot in enumerate(slot_T.tolist()):

@@ -17,7 +17,7 @@ BOTH = ["prompt", "generation"]
 def seat(tickets: Tickets, *rows: tuple[str, str | None, int, int, int]) -> None:
     """Rows of (sequence, ticket, tokens in this pass, position before it, length of the prompt)."""
     sequences, names, scheduled, computed, prompt = zip(*rows, strict=True)
-    tickets.seat(sequences, names, np.array(scheduled), np.array(computed), np.array(prompt))
+    tickets.seat(list(sequences), list(names), np.array(scheduled), np.array(computed), np.array(prompt))
 
 
 def admitted(tickets: Tickets, name: str, program_name: str, data: bytes, phases: list[str] = BOTH) -> None:
@@ -57,6 +57,38 @@ def test_seat__counts_no_position_twice():
     seat(tickets, ("x", "t", 3, 2, 6))
     assert made._counter_T[:3].tolist() == [0] * 3
     assert (made.slot_T[:3] > 0).all(), "what is computed again is still steered"
+
+
+def test_seat__goes_on_counting_while_the_batch_stays_the_same():
+    made, tickets = board([rank_site(WIDTH)])
+    admitted(tickets, "t", "p1", ONE_RULE["p1"], ["generation"])
+    row = tickets._tickets["t"].row
+    for start, n, expected in ((0, 4, [0] * 4), (4, 3, [0, 1, 1]), (6, 2, [0, 1]), (8, 1, [1])):
+        seat(tickets, ("x", "t", n, start, 5), ("y", None, 1, 0, 1))
+        assert (made.slot_T[:n] > 0).tolist() == [start + t >= 5 for t in range(n)]
+        counted = (made._counter_T[:n] == row) & (made.slot_T[:n] > 0)
+        assert counted.int().tolist() == expected, f"position {start}"
+        assert made.slot_T[n] == 0
+
+
+def test_seat__hears_of_what_changed_between_two_passes_of_the_same_batch():
+    made, tickets = board([rank_site(WIDTH)])
+    admitted(tickets, "t", "p1", ONE_RULE["p1"])
+    seat(tickets, ("x", "t", 1, 5, 3), ("y", "u", 1, 5, 3))
+    assert (made.slot_T[:2] > 0).tolist() == [True, False]
+    admitted(tickets, "u", "p2", ONE_RULE["p2"])
+    seat(tickets, ("x", "t", 1, 6, 3), ("y", "u", 1, 6, 3))
+    assert (made.slot_T[:2] > 0).tolist() == [True, True]
+    tickets.release("t")
+    row = tickets._tickets["u"].row
+    seat(tickets, ("x", "t", 1, 7, 3), ("y", "u", 1, 7, 3))
+    assert made._counter_T[:2].tolist() == [0, row], "a ticket that is back counts no more"
+    seat(tickets, ("x", None, 1, 8, 3), ("y", "u", 1, 8, 3))
+    assert (made.slot_T[:2] > 0).tolist() == [False, True], "the same sequence's name, another request"
+    seat(tickets, ("x", None, 1, 9, 3), ("z", "u", 1, 0, 3))
+    assert made._counter_T[1] == row, "another sequence's positions are counted apart"
+    seat(tickets, ("x", None, 1, 10, 3), ("y", "u", 3, 7, 3))
+    assert made._counter_T[1:4].tolist() == [0, 0, row], "positions of a sequence that was away are not counted twice"
 
 
 def test_admit__asks_for_the_program_once_and_gives_a_slot_to_each():
