@@ -39,6 +39,7 @@ class Board:
         self.counts_TC = zeros(n_tokens, 1 + n_rules, dtype=torch.int32)
         self.counts_UC = zeros(n_counters + 1, 1 + n_rules, dtype=torch.int64)
         self._nobodys_TC = torch.zeros_like(self.counts_TC)
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._n_seated = 0
         if self._is_cpu:
             self._settle = Task(SETTLE, [*self.host_2T, self.counts_TC.numpy(), self.counts_UC.numpy()])
@@ -51,14 +52,21 @@ class Board:
     @cached_property
     def host_2T(self) -> np.ndarray:
         """Slots of the next forward pass, and rows of counts_UC, to be filled in before `seat`, when the last pass has
-        been settled by `rest`."""
+        been settled by `rest` and `wait_for_copy` has returned."""
         return self._host_2T.numpy()
+
+    def wait_for_copy(self) -> None:
+        """Until what was filled in last has left: a device that is a step behind copies it only then."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def seat(self, n_tokens: int) -> None:
         """Take over the first n_tokens of host_2T; every other token is without a program."""
         if not self._is_cpu:
             self.slot_T[:n_tokens].copy_(self._host_2T[0, :n_tokens], non_blocking=True)
             self._counter_T[:n_tokens].copy_(self._host_2T[1, :n_tokens], non_blocking=True)
+            if self._copied is not None:
+                self._copied.record()
         self._n_seated, self.is_idle = n_tokens, False
 
     def rest(self) -> None:

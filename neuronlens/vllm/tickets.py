@@ -151,6 +151,7 @@ class Tickets:
         if self._batch.is_idle:
             return
         about_RA = self._batch.about_RA
+        self._board.wait_for_copy()
         about_RA[:, N_TOKENS], about_RA[:, START], about_RA[:, N_PROMPT] = n_scheduled_R, n_computed_R, n_prompt_R
         self._spread.run(len(names))
         np.maximum(about_RA[:, COUNTED], n_computed_R + n_scheduled_R, out=about_RA[:, COUNTED])

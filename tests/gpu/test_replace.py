@@ -103,3 +103,21 @@ def test_board__steers_a_captured_graph_by_what_is_seated_before_each_replay(pai
         residual_TN.zero_()
         graph.replay()
         assert torch.equal((x_TN + residual_TN).nan_to_num(), start_TN.nan_to_num()), "at rest a replay changes nothing"
+
+
+def test_tickets__leave_alone_what_a_device_that_is_a_step_behind_has_still_to_copy():
+    from neuronlens.vllm.wire import pack
+
+    made, tickets = board([rank_site(512)], device="cuda")
+    assert tickets.admit("t", "p", ["prompt"], pack(program(RULES[0], 512)))[0] == "admitted"
+    before = values(9, 512, 1).nan_to_num(0, 0, 0).cuda()
+    first, second = before.clone(), before.clone()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(400_000_000)
+    tickets.seat(["a"], ["t"], np.array([8]), np.array([0]), np.array([8]))
+    made.run(first, 0)
+    made.rest()
+    tickets.seat(["b", "c"], [None, "t"], np.array([8, 1]), np.array([0, 0]), np.array([8, 1]))
+    made.run(second, 0)
+    assert (first != before).any(dim=1).tolist() == [True] * 8 + [False]
+    assert (second != before).any(dim=1).tolist() == [False] * 8 + [True]
