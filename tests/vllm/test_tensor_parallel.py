@@ -9,6 +9,7 @@ from tests.vllm.traffic import Sequence_, drive
 pytestmark = pytest.mark.vllm
 
 
+@pytest.mark.usefixtures("two_ranks")
 def test_tensor_parallel__says_and_counts_what_one_rank_does(models):
     folder, rng = models["llama"], np.random.default_rng(2)
     sequences = [

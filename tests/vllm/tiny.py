@@ -6,6 +6,7 @@ sequence has to say comes from transformers' own `generate` under `neuronlens.in
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -133,7 +134,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    ours = options.pop("neuronlens", {})
+    ours = {"v2_model_runner": os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1", **options.pop("neuronlens", {})}
     given = {
         "dtype": "float32",
         "enforce_eager": True,
