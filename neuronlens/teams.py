@@ -72,7 +72,7 @@ class Task:
 
     def __init__(self, loop: Loop, arrays: Sequence[np.ndarray | None]) -> None:
         self._loop = loop
-        self._arrays = arrays
+        self._arrays = arrays  # the loop knows their addresses only
         # Python's own array: its words are set in a fraction of the time that numpy takes.
         self._words = array("q", bytes(8 * (_N_HEAD + _WORDS_AN_ARRAY * len(loop.arrays))))
         self._words[_WHICH_LAYOUT] = _LAYOUT

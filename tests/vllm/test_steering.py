@@ -42,7 +42,6 @@ def test_steering__every_request_says_what_it_says_alone(models, architecture):
         one.abort_after = 3
     with engine(folder, **options) as llm:
         n_preempted = drive(llm, folder, sequences, rng)
-        is_ahead = llm.llm_engine.vllm_config.scheduler_config.async_scheduling
     assert n_preempted > 0, "the cache was meant to be too small"
     assert any(one.n_refused for one in sequences), "the slots were meant to be too few"
     n_differing = 0
@@ -57,10 +56,7 @@ def test_steering__every_request_says_what_it_says_alone(models, architecture):
         assert one.counts is not None
         assert one.counts.changed > 0
         if one.abort_after is None:
-            # The prefix cache may have known the front of the prompt; a scheduler that is a step ahead computes the
-            # token after the last, too.
-            one_token = sum(int(site.named_N.sum()) for site in program_of(folder, one.rules).sites)
-            assert one.counts.tested <= tested + is_ahead * one_token
+            assert one.counts.tested <= tested  # the prefix cache may have known the front of the prompt
     n_steered = sum(one.rules is not None for one in sequences)
     assert n_differing > 0.8 * n_steered, "programs were meant to change what is said"
 
